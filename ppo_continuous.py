@@ -1,0 +1,881 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
+# ///
+"""Proximal policy optimization (PPO) for continuous actions, in one file.
+
+Papers   PPO       Schulman et al. 2017, arXiv:1707.06347v2       GAE   Schulman et al. 2016, arXiv:1506.02438v6
+         Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1       TRPO  Schulman et al. 2015, arXiv:1502.05477v5
+         Pardo     Pardo et al. 2018, arXiv:1712.00378v4
+Install  pip install --requirements-from-script ppo_continuous.py       (pip 26 or later; or `uv run` the file)
+Run      python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
+Resume   python ppo_continuous.py --resume runs/<run>/checkpoint.pt
+Evaluate python ppo_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
+
+Equation map: equation -> function -> symbol
+    GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
+    PPO eq. 6, TRPO eq. 14         importance_surrogate      L^CPI
+    PPO eq. 7                      clipped_surrogate         L^CLIP
+    PPO eq. 8                      kl_penalized_surrogate    L^KLPEN
+    PPO section 4                  adapt_kl_coef             β
+    PPO eq. 9                      value_loss                L^VF
+    Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
+    TRPO appendix D                gaussian_logp             log π(a|s)
+    PPO eq. 9                      gaussian_entropy          S[π]
+    PPO eq. 8                      gaussian_kl               KL[π_old, π]
+    Engstrom section 3, item 2     discounted_sums           R_t, whose std scales the rewards
+    Engstrom section 3, item 9     clip_global_norm          gradient clipping
+    PPO eq. 9                      minibatch_gradient        L^CLIP - c1 L^VF + c2 S
+    PPO Algorithm 1                train                     N actors x T steps, K epochs of minibatches
+Departures from the PPO paper, and the flags that give the paper back
+    --num-envs 1 --num-steps 2048       one long rollout instead of several short ones
+    --no-recompute-advantages           advantages once per iteration instead of before each epoch
+    --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
+    --no-norm-obs --clip-obs inf        observations as they are
+    --no-norm-adv                       advantages as they are
+    --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
+    --no-anneal-lr                      a constant learning rate
+    --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
+    --log-std-init 0                    σ starts at 1
+    --action-map none                   actions not clipped and scaled to the environment's bounds
+    (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
+
+Resuming restores weights, optimizer, statistics and random generators. Episodes in flight start anew: a resumed run is
+bit-exact where episodes end with the rollout.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ---- Args ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1  # seed of everything random: initialization, action noise, minibatch order, environments
+    total_timesteps: int = 1_000_000  # environment steps, rounded down to whole iterations (1_000_000, not 1e6)
+    run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
+    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given here win
+    evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
+    eval_episodes: int = 10  # episodes of the evaluation at the end, deterministic and sampled each; 0 = none
+    video_dir: str | None = None  # folder for a GIF of the first evaluation episode
+    save_every: int = 25  # iterations between checkpoints; one is always written at the end
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, the faster one for networks this small
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the gradient; auto = from 250,000 steps on
+    # environment
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
+    num_envs: int = 16  # N, environments stepped in turn
+    action_map: Literal["rescale", "clip", "none"] = (
+        "rescale"  # clip to ±1 and scale to the bounds | clip to them | none
+    )
+    norm_obs: bool = True  # normalize observations by their running mean and std
+    clip_obs: float = 10.0  # clip (normalized) observations to ± this; inf = off
+    norm_reward: bool = True  # divide rewards by the running std of the discounted return
+    clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
+    # algorithm
+    num_steps: int = 128  # T, steps per environment and iteration
+    update_epochs: int = 10  # K, passes over the batch of N x T samples
+    num_minibatches: int = 32  # minibatches per epoch; the minibatch size M is N x T / this
+    learning_rate: float = 3e-4  # Adam's step size, for both networks
+    anneal_lr: bool = True  # anneal the learning rate linearly to zero
+    adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
+    gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
+    gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
+    norm_adv: bool = True  # standardize advantages over the batch
+    recompute_advantages: bool = True  # recompute advantages and value targets before each epoch
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # PPO eq. 7, 8, 8 with fixed β, 6
+    clip_coef: float = 0.2  # ε of PPO eq. 7
+    kl_target: float = 0.01  # d_targ of the adaptive β (PPO section 4)
+    kl_coef: float = 1.0  # β of PPO eq. 8: fixed, or the first adaptive one
+    target_kl: float | None = (
+        None  # end an iteration's epochs once one's mean KL(old‖new) exceeds this; not in the paper
+    )
+    clip_vloss: bool = False  # clip V around its old value by ε; not in the paper
+    vf_coef: float = 0.5  # c1 of PPO eq. 9, weight of the un-halved squared error
+    ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus
+    max_grad_norm: float = 0.5  # largest gradient norm, for policy and value network each; inf = off
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
+    activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
+    orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
+    log_std_init: float = -0.5  # initial log σ of the policy, in the scale of its samples
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+# ---- Equations -------------------------------------------------------------------------------------------------------
+# T steps per rollout · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
+
+
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout (PPO eqs. 11-12). All (T, N).
+
+        δ_t = r_t + γ V(s_{t+1}) - V(s_t)
+        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        (PPO eq. 11 misprints the last exponent: T-t+1)
+
+    `next_values[t]` is V of the state that action t led to: at an episode end, of the final observation. A termination
+    removes that V, a truncation keeps it (Pardo eq. 6); both (`done`) end the sum.
+    """
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
+    delta = rewards + gamma * next_values * ~terminated - values  # (T, N)
+    decay = gamma * lam * (~done).to(delta.dtype)  # (T, N)
+    tail, adv = torch.zeros_like(delta[0]), []  # (N,)  Â_{t+1}
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+        tail = delta_t + decay_t * tail
+        adv.append(tail)
+    return torch.stack(adv[::-1])  # (T, N)
+
+
+def importance_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
+    """PPO eq. 6, L^CPI(θ) = Ê[r_t Â_t], r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), to be maximized. (B,) each -> scalar.
+
+    TRPO eq. 14 is the same with q = π_old and Q in place of Â.
+    """
+    assert logp.shape == logp_old.shape == adv.shape
+    return ((logp - logp_old).exp() * adv).mean()
+
+
+def clipped_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
+    """PPO eq. 7, L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized. (B,) each -> scalar."""
+    assert logp.shape == logp_old.shape == adv.shape
+    ratio = (logp - logp_old).exp()  # (B,)
+    return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
+
+
+def kl_penalized_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
+    """PPO eq. 8, L^KLPEN(θ) = Ê[r_t Â_t - β KL[π_old, π_θ]], to be maximized. (B,) each, or kl its mean -> scalar."""
+    return importance_surrogate(logp, logp_old, adv) - beta * kl.mean()
+
+
+def adapt_kl_coef(beta: float, kl: float, kl_target: float) -> float:
+    """PPO section 4, β of the next update: d < d_targ / 1.5: β ← β / 2;  d > 1.5 d_targ: β ← 2β."""
+    if kl < kl_target / 1.5:
+        return beta / 2
+    return 2 * beta if kl > 1.5 * kl_target else beta
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """PPO eq. 9, L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each -> scalar."""
+    assert values.shape == returns.shape
+    return (values - returns).square().mean()
+
+
+def clipped_value_loss(values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float) -> Tensor:
+    """Engstrom section 3, item 1, not in the PPO paper. (B,) each -> scalar.
+
+    L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old-ε, V_old+ε) - V^targ)²)]
+    """
+    assert values.shape == values_old.shape == returns.shape
+    clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)  # (B,)
+    return torch.max((values - returns).square(), (clipped - returns).square()).mean()
+
+
+def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """TRPO appendix D: log N(a; μ(s), diag σ²). mean, actions (…, A), log_std (A,) -> (…,)."""
+    assert mean.shape == actions.shape
+    squares = ((actions - mean) * (-log_std).exp()).square()  # (…, A)
+    return (-0.5 * squares - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """S[π] of PPO eq. 9 for a diagonal Gaussian, in nats: Σ_i log σ_i + ½ log 2πe. (A,) -> scalar."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL[π_old, π] of PPO eq. 8 for diagonal Gaussians, in nats. means (…, A), log stds (A,) -> (…,).
+
+    KL = Σ_i log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / 2σ_i² - ½
+    """
+    assert mean_old.shape == mean.shape
+    squares = (2 * log_std_old).exp() + (mean_old - mean).square()  # (…, A)
+    return (log_std - log_std_old + 0.5 * squares * (-2 * log_std).exp() - 0.5).sum(-1)
+
+
+def discounted_sums(rewards: Tensor, done: Tensor, start: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode. rewards, done (T, N) -> R (T, N).
+
+    `start` (N,) is γ R_{-1}, what the rollout before left; the second result is what this one leaves.
+    """
+    sums = []
+    for reward, end in zip(rewards.unbind(), done.unbind(), strict=True):
+        sums.append(start + reward)
+        start = gamma * sums[-1] * ~end
+    return torch.stack(sums), start
+
+
+def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂), ‖g‖₂ over all tensors together; also gives ‖g‖₂."""
+    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [g * scale for g in grads], norm
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen so far, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, rows: Tensor) -> None:  # (B, *shape)
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        self.count += len(rows)
+        share, delta = len(rows) / self.count, mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var + (1 - share) * delta.square())
+
+
+def mlp(sizes: tuple[int, ...], args: Args, last_gain: float) -> nn.Sequential:
+    """Fully connected network with these layer sizes and a linear output (Engstrom section 3, items 3 and 8)."""
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        linear, last = nn.Linear(fan_in, fan_out), i == len(sizes) - 2
+        if args.orthogonal_init:
+            nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
+            nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, nn.Tanh() if args.activation == "tanh" else nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Policy(nn.Module):
+    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is a parameter, not a function of s (PPO section 6.1)."""
+
+    def __init__(self, obs_dim: int, action_space: gym.spaces.Box, args: Args):
+        super().__init__()
+        self.norm_obs, self.clip_obs, (action_dim,) = args.norm_obs, args.clip_obs, action_space.shape
+        self.obs_stats = RunningMeanStd(obs_dim)
+        self.mean_net = mlp((obs_dim, *args.hidden_sizes, action_dim), args, last_gain=0.01)
+        self.log_std = nn.Parameter(torch.full((action_dim,), args.log_std_init))
+        low, high = torch.tensor(np.array([action_space.low, action_space.high]), dtype=torch.float32)  # (A,) each
+        if args.action_map == "none":
+            low, high = torch.full_like(low, -math.inf), torch.full_like(high, math.inf)
+        rescale = low.isfinite() & high.isfinite() & (args.action_map == "rescale")  # infinite bounds pass through
+        self.register_buffer("scale", torch.where(rescale, (high - low) / 2, 1.0))
+        self.register_buffer("shift", torch.where(rescale, (high + low) / 2, 0.0))
+        self.register_buffer("low", torch.where(rescale, -1.0, low))
+        self.register_buffer("high", torch.where(rescale, 1.0, high))
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Raw observations (…, O) -> what both networks see (…, O) (Engstrom section 3, items 6 and 7)."""
+        if self.norm_obs:
+            obs = (obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()
+        return obs.clamp(-self.clip_obs, self.clip_obs)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Raw observations (…, O) -> μ_θ(s) (…, A), before the action map."""
+        return self.mean_net(self.normalize(obs))
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, noise: Tensor | float = 0.0) -> tuple[Tensor, np.ndarray]:
+        """Raw observations (N, O), standard normal noise (N, A) -> sample μ + σ·noise and environment's action (N, A)."""
+        actions = self(torch.from_numpy(obs).to(self.log_std.device)) + self.log_std.exp() * noise
+        return actions, (actions.clamp(self.low, self.high) * self.scale + self.shift).cpu().numpy()
+
+
+class Critic(nn.Module):
+    """V(s) in units of scaled reward, from `policy.normalize(obs)` (…, O) -> (…,)."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.return_stats = RunningMeanStd()
+        self.value_net = mlp((obs_dim, *args.hidden_sizes, 1), args, last_gain=1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.value_net(obs).squeeze(-1)
+
+
+# ---- Environments ----------------------------------------------------------------------------------------------------
+
+
+class Envs:
+    """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
+
+    `rng_states[i]` is environment i's random state before the reset that began its current episode, so that resuming
+    from it replays that reset.
+    """
+
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
+        self.envs = envs
+        for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
+            env.reset(seed=env_seed)
+        self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
+        for env, state in zip(envs, self.rng_states, strict=True):
+            env.np_random.bit_generator.state = state
+        self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Actions (N, A) -> next_obs (N, O), the true successors, final ones included; rewards, terminated, truncated (N,)."""
+        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs), np.float32)
+        terminated, truncated = np.empty((2, len(self.envs)), bool)
+        for i, env in enumerate(self.envs):
+            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
+        self.obs = next_obs.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            self.rng_states[i] = self.envs[i].np_random.bit_generator.state
+            self.obs[i], _ = self.envs[i].reset()
+        return next_obs, rewards, terminated, truncated
+
+
+def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, **kwargs) -> Envs:
+    """`num_envs` environments with flat Box observations and actions. Raises InputError for anything else."""
+    with suppress(ImportError):  # MuJoCo would repeat this warning for each environment and log it to ./MUJOCO_LOG.TXT
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
+    try:
+        envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
+    except (gym.error.Error, ImportError) as error:
+        raise InputError(f"--env-id {env_id}: {error}") from error
+    for space, use in ((envs[0].action_space, "acer_discrete.py"), (envs[0].observation_space, "ppo_atari.py")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise InputError(
+                f"--env-id {env_id} has {space}, but this script needs a flat Box: flatten it or use {use}"
+            )
+    return Envs(envs, seed, rng_states)
+
+
+# ---- Rollout ---------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T x N transitions under π_old; done = terminated | truncated."""
+
+    obs: Tensor  # (T, N, O)
+    next_obs: Tensor  # (T, N, O)  true successors
+    actions: Tensor  # (T, N, A)  samples of the Gaussian, before the action map
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N)
+
+
+def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
+    """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
+    noise = torch.randn(num_steps, len(envs.envs), len(policy.log_std), generator=rng)  # (T, N, A)
+    steps = []
+    for noise_t in noise.to(policy.log_std.device):
+        obs = envs.obs
+        actions, env_actions = policy.act(obs, noise_t)
+        next_obs, rewards, terminated, truncated = envs.step(env_actions)
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, terminated | truncated))
+    return Rollout(*(torch.from_numpy(np.stack(x)).to(policy.log_std.device) for x in zip(*steps, strict=True)))
+
+
+def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
+    """Rewards (T, N) divided by the std of the discounted return, clipped (Engstrom section 3, items 2 and 5); `start`."""
+    if args.norm_reward:
+        sums, start = discounted_sums(rewards, done, start, args.gamma)
+        critic.return_stats.update(sums.flatten())
+        rewards = rewards * (critic.return_stats.var + 1e-8).rsqrt()
+    return rewards.clamp(-args.clip_reward, args.clip_reward), start
+
+
+@torch.no_grad()
+def advantages(policy: Policy, critic: Critic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, value targets Â + V (GAE footnote 2) and values V under the critic as it is, each (T, N)."""
+    values = critic(policy.normalize(rollout.obs))  # (T, N)
+    next_values = critic(policy.normalize(rollout.next_obs))  # (T, N)
+    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, args.gamma, args.gae_lambda)
+    returns = adv + values
+    if args.norm_adv:
+        adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+    return adv, returns, values
+
+
+# ---- Update ----------------------------------------------------------------------------------------------------------
+
+
+class Minibatch(NamedTuple):
+    obs: Tensor  # (M, O)
+    actions: Tensor  # (M, A)
+    mean_old: Tensor  # (M, A)
+    logp_old: Tensor  # (M,)
+    values_old: Tensor  # (M,)
+    adv: Tensor  # (M,)
+    returns: Tensor  # (M,)
+
+
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "policy_grad_norm", "value_grad_norm")
+
+
+def minibatch_gradient(
+    policy: Policy, critic: Critic, mb: Minibatch, log_std_old: Tensor, beta: Tensor, args: Args
+) -> tuple[list[Tensor], Tensor]:
+    """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, for policy then critic; the figures of LOSSES."""
+    mean, values = policy(mb.obs), critic(policy.normalize(mb.obs))  # (M, A), (M,)
+    logp = gaussian_logp(mean, policy.log_std, mb.actions)  # (M,)
+    kl = gaussian_kl(mb.mean_old, log_std_old, mean, policy.log_std)  # (M,)
+    if args.surrogate == "clip":
+        objective = clipped_surrogate(logp, mb.logp_old, mb.adv, args.clip_coef)
+    elif args.surrogate == "none":
+        objective = importance_surrogate(logp, mb.logp_old, mb.adv)
+    else:
+        objective = kl_penalized_surrogate(logp, mb.logp_old, mb.adv, kl, beta)
+    if args.clip_vloss:
+        value_error = clipped_value_loss(values, mb.values_old, mb.returns, args.clip_coef)
+    else:
+        value_error = value_loss(values, mb.returns)
+    entropy = gaussian_entropy(policy.log_std)
+    loss = -(objective - args.vf_coef * value_error + args.ent_coef * entropy)
+
+    policy_params, value_params = list(policy.parameters()), list(critic.parameters())
+    grads = torch.autograd.grad(loss, policy_params + value_params)
+    policy_grads, policy_norm = clip_global_norm(grads[: len(policy_params)], args.max_grad_norm)
+    value_grads, value_norm = clip_global_norm(grads[len(policy_params) :], args.max_grad_norm)
+    clipfrac = ((logp - mb.logp_old).exp() - 1).abs().gt(args.clip_coef).float().mean()
+    figures = torch.stack([-objective, value_error, entropy, kl.mean(), clipfrac, policy_norm, value_norm])
+    return policy_grads + value_grads, figures.detach()
+
+
+def update(
+    policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, gradient: Callable, rollout: Rollout,
+    beta: float, rng: torch.Generator, args: Args,
+) -> dict[str, float]:  # fmt: skip
+    """K epochs of minibatches over one batch (PPO Algorithm 1); `gradient` is minibatch_gradient, compiled or not.
+
+    -> means over all minibatches; "kl" is the mean KL(old‖new) of the whole update.
+    """
+    params = [*policy.parameters(), *critic.parameters()]
+    with torch.no_grad():
+        mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)
+        logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)  # (T, N)
+    adv, returns, values_old = advantages(policy, critic, rollout, args)
+    explained_variance = 1 - (returns - values_old).var() / returns.var()
+    penalty, epochs = torch.tensor(beta, device=adv.device), []
+    for epoch in range(args.update_epochs):
+        if epoch > 0 and args.recompute_advantages:
+            adv, returns, _ = advantages(policy, critic, rollout, args)
+        batch = Minibatch(rollout.obs, rollout.actions, mean_old, logp_old, values_old, adv, returns)
+        order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
+        minibatches = zip(*(x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch), strict=True)
+        total = torch.zeros(len(LOSSES), device=adv.device)
+        for mb in minibatches:
+            grads, figures = gradient(policy, critic, Minibatch(*mb), log_std_old, penalty, args)
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            optimizer.step()
+            total += figures
+        epochs.append(total / args.num_minibatches)
+        if args.target_kl is not None and epochs[-1][LOSSES.index("approx_kl")] > args.target_kl:
+            break
+    with torch.no_grad():
+        kl = gaussian_kl(mean_old, log_std_old, policy(rollout.obs), policy.log_std).mean()
+    stats = dict(zip(LOSSES, torch.stack(epochs).mean(0).tolist(), strict=True))
+    return stats | {"kl": kl.item(), "explained_variance": explained_variance.item(), "epochs": float(len(epochs))}
+
+
+# ---- Train -----------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> dict:
+    """PPO Algorithm 1 from the first iteration, or a checkpoint's, to the last, then evaluation.
+
+    Returns steps, episodic_return (mean of the last 100 training episodes), eval_return (mean of the deterministic
+    evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's thread count and seed for the
+    process. Raises InputError for bad input, FloatingPointError for NaN or infinity.
+    """
+    check_args(args)
+    device, saved = pick_device(args.device), load_checkpoint(args.resume, args) if args.resume else {}
+    torch.set_num_threads(1)  # more do not help networks this small
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
+    obs_dim, action_space = envs.obs.shape[1], envs.envs[0].action_space
+    policy, critic = Policy(obs_dim, action_space, args).to(device), Critic(obs_dim, args).to(device)
+    params = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    step, beta, episodes = 0, args.kl_coef, deque(maxlen=100)  # episodes: (return, length) of the last that ended
+    if saved:
+        for name, part in (("policy", policy), ("critic", critic), ("optimizer", optimizer)):
+            part.load_state_dict(saved[name])
+        rng.set_state(saved["rng"])
+        step, beta = saved["step"], saved["beta"]
+        episodes.extend(saved["episodes"])
+
+    def checkpoint() -> str:
+        state = {"policy": policy.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step, "beta": beta, "episodes": list(episodes)}
+        return save_checkpoint(log.run_dir, args, state | {"rng": rng.get_state(), "env_rng_states": envs.rng_states})
+
+    gradient = compile_or_eager(minibatch_gradient, args, device)
+    total_steps = args.num_iterations * args.batch_size
+    reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
+    running = np.zeros((2, args.num_envs))  # return and length so far of the episodes in flight
+    with Log(args, device, step, sum(p.numel() for p in params)) as log, stop_signals() as signals:
+        while step < total_steps and not signals:
+            lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            rollout = collect(envs, policy, rng, args.num_steps)
+            check_finite(step, observations=rollout.next_obs, rewards=rollout.rewards)
+            episodes.extend(ended_episodes(rollout.rewards, rollout.done, running))
+            rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
+
+            stats = update(policy, critic, optimizer, gradient, rollout._replace(rewards=rewards), beta, rng, args)
+            check_finite(step, loss=torch.tensor([*stats.values()]), parameters=nn.utils.parameters_to_vector(params))
+            if args.surrogate == "kl-adaptive":
+                beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
+            policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
+
+            step += args.batch_size
+            log(step, lr, episodes, stats | {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()})
+            if step // args.batch_size % args.save_every == 0:
+                checkpoint()
+        path = checkpoint()
+    evaluation = None if signals or not args.eval_episodes else evaluate_policy(policy, args, log.run_dir)
+    return print_end(step, episodes, evaluation, path) | {"signal": signals[0] if signals else None}
+
+
+# ======================================================================================================================
+# The algorithm ends here. Below: evaluation, checkpoints, logging, run folder, signals, input checks, main.
+# ======================================================================================================================
+
+SCRIPT = "ppo_continuous"
+POSITIVE = (
+    "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_obs clip_reward"
+)
+POSITIVE += " clip_coef kl_target target_kl max_grad_norm hidden_sizes"
+NON_NEGATIVE = "seed eval_episodes adam_eps kl_coef vf_coef ent_coef"
+UNIT_INTERVAL = "gamma gae_lambda"
+FIXED_BY_CHECKPOINT = "seed env_id num_envs action_map norm_obs clip_obs norm_reward hidden_sizes activation"
+
+
+class InputError(ValueError):
+    """Bad input; the message is one line that says what to change."""
+
+
+def evaluate(
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, video_dir: str | None = None
+) -> list[float]:
+    """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
+
+    One each, since counting the first to end would favour short ones. `video_dir` gets a GIF of the first environment.
+    """
+    envs = make_envs(env_id, episodes, seed, **({"render_mode": "rgb_array"} if video_dir else {}))
+    returns, going, frames = np.zeros(episodes), np.ones(episodes, bool), []
+    while going.any():
+        if video_dir and going[0]:
+            frames.append(envs.envs[0].render())
+        _, rewards, terminated, truncated = envs.step(act(envs.obs))
+        returns += rewards * going
+        going &= ~(terminated | truncated)
+    if video_dir:
+        import imageio.v3
+
+        fps = envs.envs[0].metadata.get("render_fps", 30)
+        stride = max(1, round(fps / 25))
+        path = Path(video_dir) / f"{env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__s{seed}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.v3.imwrite(path, frames[::stride], duration=1000 * stride / fps, loop=0)
+        print(f"video {path}")
+    return returns.tolist()
+
+
+def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list[float]]:
+    """Returns of the policy with frozen statistics, deterministic and sampled; written to eval.json too."""
+    rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
+
+    def sample(obs: np.ndarray) -> np.ndarray:
+        noise = torch.randn(len(obs), len(policy.log_std), generator=rng)
+        return policy.act(obs, noise.to(policy.log_std.device))[1]
+
+    deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
+    evaluation = {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
+    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+    return evaluation
+
+
+def evaluate_checkpoint(args: Args) -> None:
+    """Evaluate the policy of the checkpoint `args.evaluate`; eval.json in its folder is renewed."""
+    check_args(args)
+    saved, device = load_checkpoint(args.evaluate, args), pick_device(args.device)
+    envs = make_envs(args.env_id, 1, args.seed)
+    policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
+    policy.load_state_dict(saved["policy"])
+    evaluation = evaluate_policy(policy, args, Path(args.evaluate).parent)
+    print_end(saved["step"], saved["episodes"], evaluation, args.evaluate)
+
+
+def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
+    """Write checkpoint.pt so that a crash leaves the old file or the new one, never half of one; -> its path."""
+    torch.save({"script": SCRIPT, "args": asdict(args)} | state, run_dir / "checkpoint.tmp")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    return str(run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(path: str, args: Args | None = None) -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` change what it fixes."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script, saved_args = saved["script"], saved["args"]
+    except Exception as error:  # torch.load raises many unrelated types
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+    if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
+        raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
+    for name in FIXED_BY_CHECKPOINT.split() if args else ():
+        if getattr(args, name) != saved_args[name]:
+            raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
+    return saved
+
+
+class Log:
+    """Run folder with config.json, progress.csv and TensorBoard events; the console's head lines and progress bar."""
+
+    def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__s{args.seed}__{unique}"
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        except OSError as error:
+            raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
+        config = {"args": asdict(args), "device": str(device), "python": platform.python_version()}
+        config |= {"torch": torch.__version__, "gymnasium": gym.__version__}
+        config["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        (self.run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        progress = self.run_dir / "progress.csv"
+        kept = (
+            [x for x in progress.read_text().splitlines() if x[:4] == "step" or int(x.split(",")[0]) <= step]
+            if step
+            else []
+        )
+        self.file = progress.open("w", newline="", buffering=1)
+        self.file.writelines(f"{line}\n" for line in kept)
+        self.rows, self.header = csv.writer(self.file), bool(kept)
+        self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
+        total, why = (
+            args.num_iterations * args.batch_size,
+            "faster for small networks" if args.device == "auto" else "as asked",
+        )
+        print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
+        print(
+            f"device {device} ({why}), {args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size},",
+            end=" ",
+        )
+        print(
+            f"{args.num_iterations} iterations = {total:,} steps, {num_params:,} parameters"
+            + f", from step {step:,}" * (step > 0),
+            flush=True,
+        )
+        self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
+        self.start = self.last = time.time()
+        self.step = step
+
+    def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
+        """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
+        now, (returns, lengths) = time.time(), np.mean(episodes or [(math.nan, math.nan)], axis=0).tolist()
+        sps = (step - self.step) / (now - self.last)
+        row = {
+            "charts/episodic_return": returns,
+            "charts/episodic_length": lengths,
+            "charts/SPS": sps,
+            "charts/learning_rate": lr,
+        }
+        row |= {f"losses/{name}": value for name, value in stats.items()}
+        if not self.header:
+            self.rows.writerow(["step", "seconds", *(tag.split("/")[1] for tag in row)])
+        self.header, self.step, self.last = True, step, now
+        self.rows.writerow(
+            [step, f"{now - self.start:.2f}", *("" if math.isnan(x) else f"{x:.6g}" for x in row.values())]
+        )
+        for tag, value in row.items():
+            if not math.isnan(value):
+                self.events.add_scalar(tag, value, step)
+        self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for part in (self.bar, self.events, self.file):
+            part.close()
+
+
+def print_end(step: int, episodes: deque | list, evaluation: dict[str, list[float]] | None, path: str) -> dict:
+    """Say how it went; -> what `train` returns, less the signal."""
+    episodic = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
+    print(
+        f"{step:,} steps, mean return of the last {len(episodes)} training episodes {episodic:.1f}, checkpoint {path}"
+    )
+    for mode, returns in (evaluation or {}).items():
+        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
+    result = {"steps": step, "episodic_return": episodic, "eval_return": eval_return}
+    return result | {"checkpoint": path, "run_dir": str(Path(path).parent)}
+
+
+def ended_episodes(rewards: Tensor, done: Tensor, running: np.ndarray) -> list[tuple[float, int]]:
+    """Raw (return, length) of the episodes that end in a rollout (T, N); `running` (2, N) carries the others on."""
+    ended = []
+    for reward, end in zip(rewards.cpu().numpy(), done.cpu().numpy(), strict=True):
+        running += [reward, np.ones_like(reward)]
+        ended += [(float(total), int(length)) for total, length in running[:, end].T]
+        running[:, end] = 0
+    return ended
+
+
+@contextmanager
+def stop_signals():
+    """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
+    caught, previous = [], {}
+
+    def note(number: int, _) -> None:
+        caught.append(number)
+        os.write(2, b"\nstopping after this iteration; once more kills\n")
+        for s in previous:
+            signal.signal(s, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Callable:
+    """`function` as one compiled graph if --compile asks for it and PyTorch can; else eager, saying why."""
+    torch.compiler.reset()  # a process may train many configurations; PyTorch recompiles a function a few times only
+    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < 250_000):
+        return function
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        print("not compiled: this PyTorch can't trace torch.autograd.grad")
+        return function
+    torch._dynamo.config.trace_autograd_ops = True
+    cuda_graphs = device.type == "cuda"
+    chosen, called = torch.compile(function, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None), False
+
+    def compiled(*inputs):
+        nonlocal chosen, called
+        if cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
+        try:
+            return chosen(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if called:
+                raise
+            print(f"not compiled: {str(error).splitlines()[0]}")
+            chosen = function
+            return function(*inputs)
+        finally:
+            called = True
+
+    return compiled
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device. Raises InputError if it is not there."""
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_args(args: Args) -> None:
+    """Raise InputError for values that can't be trained with."""
+    for names, holds, what in (
+        (POSITIVE, lambda x: x > 0, "must be positive"),
+        (NON_NEGATIVE, lambda x: x >= 0, "must not be negative"),
+        (UNIT_INTERVAL, lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
+                raise InputError(f"--{name.replace('_', '-')} {value} {what}")
+    if args.batch_size < 2 or args.batch_size % args.num_minibatches:
+        raise InputError(
+            f"num_envs x num_steps = {args.batch_size}: make it 2 or more and a multiple of --num-minibatches"
+        )
+    if args.total_timesteps < args.batch_size:
+        raise InputError(
+            f"--total-timesteps {args.total_timesteps} is less than num_envs x num_steps = {args.batch_size}"
+        )
+
+
+def check_finite(step: int, **tensors: Tensor) -> None:
+    """Raise FloatingPointError if one of the tensors holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"NaN or infinity in {name}, in the iteration after step {step:,}")
+
+
+def parse_args() -> Args:
+    """Command line -> Args; --resume and --evaluate take the checkpoint's arguments as defaults."""
+    cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
+    args = cli()
+    if args.resume and (args.evaluate or args.run_dir):
+        raise InputError("--resume goes on in the checkpoint's own folder: leave out --evaluate and --run-dir")
+    if not (args.resume or args.evaluate):
+        return args
+    saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
+    return cli(default=dataclasses.replace(saved, resume=None, run_dir=None, video_dir=None))
+
+
+def main() -> int:
+    """Run the command line; -> the exit code."""
+    try:
+        args = parse_args()
+        if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+        if args.evaluate:
+            evaluate_checkpoint(args)
+            return 0
+        stopped_by = train(args)["signal"]
+        return 128 + stopped_by if stopped_by else 0
+    except InputError as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{SCRIPT}.py: {error}; the last checkpoint stays", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,656 @@
+"""ppo_continuous.py: its equations against independent definitions, its data flow, and that it learns."""
+
+import hashlib
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ppo_continuous as ppo
+from ppo_continuous import Args, train
+
+SCRIPT = Path(ppo.__file__)
+SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2, "compile": "off", "eval_episodes": 0}
+
+
+def random_ends(steps, envs, seed=0):
+    """Random (terminated, truncated), with both on some steps."""
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.random((2, steps, envs)) < 0.2).unbind()
+
+
+# ---- Equations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (0.9, 0.0), (0.9, 1.0), (1.0, 1.0)])
+def test_gae_eq16_ppo_eq11_is_the_double_sum(gamma, lam):
+    steps, envs = 23, 4
+    rewards, values, next_values = torch.randn(3, steps, envs, dtype=torch.float64).unbind()
+    terminated, truncated = random_ends(steps, envs)
+    assert (terminated & truncated).any() and (terminated ^ truncated).any()
+    done = terminated | truncated
+    expected = torch.zeros(steps, envs, dtype=torch.float64)
+    for t, n in itertools.product(range(steps), range(envs)):
+        for k in range(t, steps):
+            bootstrap = 0.0 if terminated[k, n] else gamma * next_values[k, n]
+            expected[t, n] += (gamma * lam) ** (k - t) * (rewards[k, n] + bootstrap - values[k, n])
+            if done[k, n]:
+                break
+    torch.testing.assert_close(ppo.gae(rewards, values, next_values, terminated, done, gamma, lam), expected)
+
+
+def test_gae_eq17_eq18_lambda_zero_is_td_and_one_is_monte_carlo():
+    rewards, values, gamma = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64), 0.9
+    next_values = torch.cat([values[1:], torch.tensor([[0.7]], dtype=torch.float64)])
+    never = torch.zeros(6, 1, dtype=torch.bool)
+    td = rewards + gamma * next_values - values
+    torch.testing.assert_close(ppo.gae(rewards, values, next_values, never, never, gamma, 0.0), td)
+    returns = [sum(gamma ** (k - t) * rewards[k] for k in range(t, 6)) + gamma ** (6 - t) * 0.7 for t in range(6)]
+    torch.testing.assert_close(
+        ppo.gae(rewards, values, next_values, never, never, gamma, 1.0), torch.stack(returns) - values
+    )
+
+
+def test_gae_does_not_leak_over_an_episode_end():
+    rewards, values, next_values = torch.zeros(3, 4, 1).unbind()
+    terminated = torch.tensor([[False], [True], [False], [False]])
+    before = ppo.gae(rewards, values, next_values, terminated, terminated, 0.99, 0.95)
+    rewards[2], values[2], next_values[1] = 1e6, 1e6, 1e6  # the next episode, and V(reset observation)
+    after = ppo.gae(rewards, values, next_values, terminated, terminated, 0.99, 0.95)
+    assert torch.equal(before[:2], after[:2])
+
+
+@pytest.mark.parametrize(
+    "ratio, adv, value, clipped",
+    [
+        (1.1, 2.0, 2.2, False),
+        (1.1, -2.0, -2.2, False),
+        (0.7, 2.0, 1.4, False),
+        (0.7, -2.0, -1.6, True),
+        (1.3, 2.0, 2.4, True),
+        (1.3, -2.0, -2.6, False),
+    ],
+)
+def test_ppo_eq7_clipped_surrogate_six_cases(ratio, adv, value, clipped):
+    logp_old = torch.tensor([-1.0], dtype=torch.float64)
+    logp = (logp_old + math.log(ratio)).requires_grad_()
+    objective = ppo.clipped_surrogate(logp, logp_old, torch.tensor([adv], dtype=torch.float64), 0.2)
+    (gradient,) = torch.autograd.grad(objective, logp)
+    assert objective.item() == pytest.approx(value)
+    if clipped:
+        assert gradient.item() == 0.0
+    else:
+        assert gradient.item() == pytest.approx(ratio * adv)
+
+
+def test_ppo_eq6_importance_surrogate():
+    logp, logp_old, adv = torch.randn(3, 50, dtype=torch.float64).unbind()
+    expected = np.mean(np.exp(logp.numpy()) / np.exp(logp_old.numpy()) * adv.numpy())
+    assert ppo.importance_surrogate(logp, logp_old, adv).item() == pytest.approx(expected)
+
+
+def test_ppo_eq8_kl_penalized_surrogate_takes_samples_or_their_mean():
+    logp, logp_old, adv, kl = torch.randn(4, 50, dtype=torch.float64).unbind()
+    expected = np.mean(np.exp((logp - logp_old).numpy()) * adv.numpy() - 0.3 * kl.numpy())
+    assert ppo.kl_penalized_surrogate(logp, logp_old, adv, kl, 0.3).item() == pytest.approx(expected)
+    assert ppo.kl_penalized_surrogate(logp, logp_old, adv, kl.mean(), 0.3).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kl, factor", [(0.0066, 0.5), (0.0067, 1), (0.01, 1), (0.0149, 1), (0.0151, 2), (0.0, 0.5)])
+def test_ppo_section4_adapt_kl_coef(kl, factor):
+    assert ppo.adapt_kl_coef(0.4, kl, 0.01) == pytest.approx(0.4 * factor)
+
+
+def test_ppo_eq9_value_loss_has_no_half():
+    assert ppo.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])).item() == 2.0
+
+
+def test_engstrom_item1_clipped_value_loss():
+    values, old, returns = 3 * torch.randn(3, 200, dtype=torch.float64).unbind()[0], *torch.randn(2, 200).double()
+    terms = []
+    for v, o, r in zip(values.tolist(), old.tolist(), returns.tolist(), strict=True):
+        clipped = min(max(v, o - 0.2), o + 0.2)
+        terms.append(max((v - r) ** 2, (clipped - r) ** 2))
+    assert ppo.clipped_value_loss(values, old, returns, 0.2).item() == pytest.approx(np.mean(terms))
+    assert ppo.clipped_value_loss(values, old, returns, 0.2) > ppo.value_loss(values, returns)
+
+
+def test_gaussian_logp_entropy_and_kl_are_those_of_torch_distributions():
+    mean_old, mean, actions = torch.randn(3, 9, 4, dtype=torch.float64).unbind()
+    log_std_old, log_std = torch.randn(2, 4, dtype=torch.float64).unbind()
+    old = torch.distributions.Independent(torch.distributions.Normal(mean_old, log_std_old.exp()), 1)
+    new = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    torch.testing.assert_close(ppo.gaussian_logp(mean, log_std, actions), new.log_prob(actions))
+    torch.testing.assert_close(ppo.gaussian_entropy(log_std).expand(9), new.entropy())
+    kl = ppo.gaussian_kl(mean_old, log_std_old, mean, log_std)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(old, new))
+    assert not torch.allclose(kl, torch.distributions.kl_divergence(new, old))  # the direction matters
+
+
+def test_engstrom_item2_discounted_sums_over_two_rollouts():
+    rewards, (done, _) = torch.randn(20, 3, dtype=torch.float64), random_ends(20, 3)
+    expected, total = [], np.zeros(3)
+    for reward, end in zip(rewards.numpy(), done.numpy(), strict=True):
+        total = 0.9 * total + reward
+        expected.append(total)
+        total = np.where(end, 0.0, total)
+    first, start = ppo.discounted_sums(rewards[:7], done[:7], torch.zeros(3, dtype=torch.float64), 0.9)
+    second, _ = ppo.discounted_sums(rewards[7:], done[7:], start, 0.9)
+    torch.testing.assert_close(torch.cat([first, second]), torch.from_numpy(np.stack(expected)))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3, math.inf])
+def test_engstrom_item9_clip_global_norm(max_norm):
+    grads = (torch.randn(5, 3), torch.randn(7))
+    params = [torch.zeros_like(g).requires_grad_() for g in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    clipped, norm_before = ppo.clip_global_norm(grads, max_norm)
+    torch.testing.assert_close(norm_before, norm)
+    torch.testing.assert_close(clipped, [p.grad for p in params])
+
+
+def test_equations_refuse_shapes_that_would_broadcast():
+    flat, column = torch.zeros(4), torch.zeros(4, 1)
+    for call in (
+        lambda: ppo.clipped_surrogate(flat, column, flat, 0.2),
+        lambda: ppo.importance_surrogate(flat, flat, column),
+        lambda: ppo.value_loss(flat, column),
+        lambda: ppo.clipped_value_loss(flat, flat, column, 0.2),
+        lambda: ppo.gae(column, flat, flat, flat.bool(), flat.bool(), 0.9, 0.9),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+
+
+def test_running_statistics_in_batches_are_those_of_all_rows():
+    rows = 3 + 5 * torch.randn(1000, 4)
+    stats = ppo.RunningMeanStd(4)
+    for batch in rows.split(137):
+        stats.update(batch)
+    torch.testing.assert_close(stats.mean, rows.mean(0))
+    torch.testing.assert_close(stats.var, rows.var(0, correction=0))
+    assert stats.count == 1000
+
+
+def make_policy(low=-1.0, high=1.0, dims=2, **flags):
+    space = gym.spaces.Box(np.full(dims, low, np.float32), np.full(dims, high, np.float32))
+    return ppo.Policy(3, space, Args(**flags))
+
+
+@pytest.mark.parametrize(
+    "action_map, low, high, sample, expected",
+    [
+        ("rescale", -0.4, 0.4, 0.5, 0.2),
+        ("rescale", 0.0, 10.0, -3.0, 0.0),
+        ("rescale", -math.inf, math.inf, 3.0, 3.0),
+        ("rescale", -1.0, math.inf, 3.0, 3.0),
+        ("clip", -0.4, 0.4, 0.5, 0.4),
+        ("clip", -0.4, math.inf, -3.0, -0.4),
+        ("none", -0.4, 0.4, 3.0, 3.0),
+    ],
+)
+def test_action_map(action_map, low, high, sample, expected):
+    policy = make_policy(low, high, action_map=action_map)
+    with torch.no_grad():
+        policy.log_std.zero_()
+        noise = sample - policy(torch.zeros(1, 3))
+    raw, action = policy.act(np.zeros((1, 3), np.float32), noise)
+    torch.testing.assert_close(raw, torch.full((1, 2), sample))  # the unclipped sample, whose log-prob is used
+    np.testing.assert_allclose(action, np.full((1, 2), expected, np.float32), atol=1e-6)
+    assert action.dtype == np.float32
+
+
+def test_initialization_and_size():
+    policy, critic = make_policy(), ppo.Critic(3, Args())
+    assert sum(p.numel() for p in policy.parameters()) == (3 * 64 + 64) + (64 * 64 + 64) + (64 * 2 + 2) + 2
+    assert sum(p.numel() for p in critic.parameters()) == (3 * 64 + 64) + (64 * 64 + 64) + (64 + 1)
+    for net, gains in ((policy.mean_net, (2**0.5, 2**0.5, 0.01)), (critic.value_net, (2**0.5, 2**0.5, 1.0))):
+        for layer, gain in zip(net[::2], gains, strict=True):
+            torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((min(layer.weight.shape),), gain))
+            assert not layer.bias.any()
+    assert not torch.allclose(
+        torch.linalg.svdvals(make_policy(orthogonal_init=False).mean_net[2].weight), torch.tensor(2**0.5)
+    )
+    assert isinstance(make_policy(activation="relu").mean_net[1], torch.nn.ReLU)
+    assert torch.allclose(policy.log_std, torch.tensor(Args().log_std_init))
+
+
+def test_observations_are_normalized_and_clipped():
+    policy = make_policy()
+    policy.obs_stats.update(torch.tensor([[0.0, 1.0, 2.0], [2.0, 5.0, 2.0]]))
+    torch.testing.assert_close(policy.normalize(torch.tensor([2.0, 1.0, 2.0])), torch.tensor([1.0, -1.0, 0.0]))
+    assert policy.normalize(torch.full((3,), 1e9)).tolist() == [10.0, 10.0, 10.0]
+    plain = make_policy(norm_obs=False, clip_obs=math.inf)
+    plain.obs_stats.update(torch.randn(50, 3))
+    assert torch.equal(plain.normalize(torch.tensor([1e9, -3.0, 0.1])), torch.tensor([1e9, -3.0, 0.1]))
+
+
+# ---- Environments and rollout ----------------------------------------------------------------------------------------
+
+
+class Chain(gym.Env):
+    """Position 0, 1, 2, … with reward 1 a step; ends after three steps if `finite`."""
+
+    observation_space = gym.spaces.Box(0, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, finite=True, poison=None):
+        self.finite, self.poison = finite, poison
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.position += 1
+        obs = np.array([self.position if self.poison != "observations" else np.nan], np.float32)
+        reward = 1.0 if self.poison != "rewards" else math.inf
+        return obs, reward, self.finite and self.position == 3, False, {}
+
+
+gym.register("Chain-v0", Chain)
+gym.register("EndlessChain-v0", Chain, kwargs={"finite": False}, max_episode_steps=3)
+
+
+class PerfectCritic:
+    """True V: of three steps left to go, or of reward 1 for ever."""
+
+    def __init__(self, finite, gamma):
+        self.finite, self.gamma = finite, gamma
+
+    def __call__(self, obs):
+        left = 3 - obs.squeeze(-1)
+        return (1 - self.gamma**left) / (1 - self.gamma) if self.finite else torch.full_like(left, 1 / (1 - self.gamma))
+
+
+@pytest.mark.parametrize("env_id, finite", [("Chain-v0", True), ("EndlessChain-v0", False)])
+def test_perfect_critic_has_no_advantage_to_report(env_id, finite):
+    args = Args(norm_obs=False, norm_adv=False)
+    envs = ppo.make_envs(env_id, 2, seed=0)
+    policy = ppo.Policy(1, envs.envs[0].action_space, args)
+    rollout = ppo.collect(envs, policy, torch.Generator(), num_steps=10)
+    assert rollout.done.sum() == 6 and rollout.terminated.sum() == (6 if finite else 0)
+    adv, returns, values = ppo.advantages(policy, PerfectCritic(finite, args.gamma), rollout, args)
+    torch.testing.assert_close(adv, torch.zeros(10, 2), atol=2e-5, rtol=0)
+    torch.testing.assert_close(returns, values)
+
+
+def test_step_gives_the_true_successor_and_the_observation_to_act_on():
+    envs = ppo.make_envs("Chain-v0", 1, seed=0)
+    seen = [(float(envs.obs[0, 0]), float(envs.step(np.zeros((1, 1)))[0][0, 0])) for _ in range(4)]
+    assert seen == [(0, 1), (1, 2), (2, 3), (0, 1)]
+
+
+def test_seeds_do_not_share_environment_streams():
+    first, second = (ppo.make_envs("Pendulum-v1", 4, seed).obs for seed in (1, 2))
+    assert len(np.unique(np.concatenate([first, second])[:, 0])) == 8
+
+
+def test_logged_returns_are_those_of_an_unwrapped_environment():
+    envs = ppo.make_envs("Hopper-v5", 1, seed=5)
+    start = envs.rng_states[0]
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, 1, 3)).astype(np.float32)
+    steps = [envs.step(a) for a in actions]
+    rewards, done = torch.tensor(np.stack([s[1] for s in steps])), torch.tensor(np.stack([s[2] | s[3] for s in steps]))
+    running = np.zeros((2, 1))
+    logged = ppo.ended_episodes(rewards[:90], done[:90], running) + ppo.ended_episodes(rewards[90:], done[90:], running)
+
+    env, expected = gym.make("Hopper-v5").unwrapped, []
+    env.reset(seed=0)
+    env.np_random.bit_generator.state = start
+    env.reset()
+    total, length = 0.0, 0
+    for action in actions[:, 0]:
+        _, reward, terminated, _, _ = env.step(action)
+        total, length = total + float(reward), length + 1
+        if terminated:
+            expected.append((total, length))
+            total, length = 0.0, 0
+            env.reset()
+    assert len(expected) > 3
+    assert [n for _, n in logged] == [n for _, n in expected]
+    np.testing.assert_allclose([r for r, _ in logged], [r for r, _ in expected], rtol=1e-5)
+
+
+def test_rewards_are_scaled_by_the_std_of_the_discounted_return():
+    args, critic = Args(clip_reward=0.5), ppo.Critic(1, Args())
+    rewards, done = torch.randn(64, 4), torch.zeros(64, 4, dtype=torch.bool)
+    scaled, start = ppo.scale_rewards(rewards, done, torch.zeros(4), critic, args)
+    sums, _ = ppo.discounted_sums(rewards, done, torch.zeros(4), args.gamma)
+    torch.testing.assert_close(scaled, (rewards / sums.std(correction=0)).clamp(-0.5, 0.5))
+    torch.testing.assert_close(start, args.gamma * sums[-1])
+    plain, _ = ppo.scale_rewards(rewards, done, torch.zeros(4), critic, Args(norm_reward=False, clip_reward=math.inf))
+    assert torch.equal(plain, rewards)
+
+
+# ---- Update ----------------------------------------------------------------------------------------------------------
+
+
+def make_iteration(env_id="Pendulum-v1", **flags):
+    """Networks with statistics from one rollout, and the next rollout."""
+    args = Args(**{**SMALL, "env_id": env_id, **flags})
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(0)
+    envs = ppo.make_envs(args.env_id, args.num_envs, args.seed)
+    policy = ppo.Policy(envs.obs.shape[1], envs.envs[0].action_space, args)
+    critic = ppo.Critic(envs.obs.shape[1], args)
+    policy.obs_stats.update(ppo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
+    rollout = ppo.collect(envs, policy, rng, args.num_steps)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1e-2)
+    return policy, critic, optimizer, rollout, rng, args
+
+
+def test_ratio_is_one_and_kl_zero_on_the_first_minibatch():
+    policy, critic, optimizer, rollout, rng, args = make_iteration()
+    seen = []
+
+    def spy(policy, critic, mb, log_std_old, beta, args):
+        logp = ppo.gaussian_logp(policy(mb.obs), policy.log_std, mb.actions)
+        seen.append((logp - mb.logp_old).exp().sub(1).abs().max().item())
+        grads, figures = ppo.minibatch_gradient(policy, critic, mb, log_std_old, beta, args)
+        seen[-1] = (seen[-1], figures[ppo.LOSSES.index("approx_kl")].item())
+        return grads, figures
+
+    ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, args)
+    assert seen[0][0] < 1e-5 and abs(seen[0][1]) < 1e-6
+    assert seen[-1][0] > 1e-3 and seen[-1][1] > 1e-6  # the spy would see a difference
+
+
+def make_minibatch(policy, critic, rollout):
+    mean = policy(rollout.obs).detach() + 0.01
+    logp = ppo.gaussian_logp(mean, policy.log_std.detach(), rollout.actions)
+    adv, returns, values = ppo.advantages(policy, critic, rollout, Args())
+    fields = (rollout.obs, rollout.actions, mean, logp, values, adv, returns)
+    return ppo.Minibatch(*(x.flatten(0, 1) for x in fields))
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "kl-adaptive", "kl-fixed", "none"])
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_ppo_eq9_minibatch_gradient_is_that_of_the_objective(surrogate, clip_vloss):
+    policy, critic, _, rollout, _, args = make_iteration(
+        surrogate=surrogate, clip_vloss=clip_vloss, ent_coef=0.1, max_grad_norm=math.inf
+    )
+    mb = make_minibatch(policy, critic, rollout)
+    log_std_old = policy.log_std.detach() - 0.1
+    grads, figures = ppo.minibatch_gradient(policy, critic, mb, log_std_old, torch.tensor(0.7), args)
+
+    new = torch.distributions.Normal(policy(mb.obs), policy.log_std.exp())
+    old = torch.distributions.Normal(mb.mean_old, log_std_old.exp())
+    ratio = (new.log_prob(mb.actions).sum(-1) - mb.logp_old).exp()
+    kl = torch.distributions.kl_divergence(old, new).sum(-1)
+    objective = {"clip": torch.minimum(ratio * mb.adv, ratio.clip(0.8, 1.2) * mb.adv), "none": ratio * mb.adv}
+    objective = objective.get(surrogate, ratio * mb.adv - 0.7 * kl).mean()
+    values = critic(policy.normalize(mb.obs))
+    error = (values - mb.returns) ** 2
+    if clip_vloss:
+        near = torch.clamp(values, mb.values_old - 0.2, mb.values_old + 0.2)
+        error = torch.maximum(error, (near - mb.returns) ** 2)
+    total = objective - args.vf_coef * error.mean() + 0.1 * new.entropy().sum(-1).mean()
+    expected = torch.autograd.grad(-total, [*policy.parameters(), *critic.parameters()])
+    torch.testing.assert_close(grads, list(expected), rtol=1e-4, atol=1e-6)
+    assert figures[0].item() == pytest.approx(-objective.item(), abs=1e-6)
+    assert figures[3].item() == pytest.approx(kl.mean().item(), abs=1e-6)
+
+
+def test_gradient_is_clipped_for_each_network_by_its_own_norm():
+    policy, critic, _, rollout, _, args = make_iteration(max_grad_norm=1e-3)
+    mb = make_minibatch(policy, critic, rollout)
+    grads, _ = ppo.minibatch_gradient(policy, critic, mb, policy.log_std.detach(), torch.tensor(1.0), args)
+    count = len(list(policy.parameters()))
+    for part in (grads[:count], grads[count:]):
+        assert torch.cat([g.flatten() for g in part]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
+    policy, critic, optimizer, rollout, rng, args = make_iteration(update_epochs=3)
+    seen = []
+
+    def spy(policy, critic, mb, *rest):
+        seen.append(mb.logp_old)
+        return ppo.minibatch_gradient(policy, critic, mb, *rest)
+
+    stats = ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, args)
+    assert stats["epochs"] == 3 and len(seen) == 3 * args.num_minibatches
+    epochs = torch.cat(seen).view(3, -1)
+    assert torch.equal(epochs[0].sort().values, epochs[2].sort().values) and not torch.equal(epochs[0], epochs[2])
+    assert len(epochs[0].unique()) > 0.9 * args.batch_size
+    assert (
+        ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, Args(**{**SMALL, "target_kl": 1e-9}))["epochs"]
+        == 1
+    )
+
+
+def test_advantages_are_recomputed_only_if_asked(monkeypatch):
+    calls, original = [], ppo.advantages
+    monkeypatch.setattr(ppo, "advantages", lambda *inputs: calls.append(1) or original(*inputs))
+    for flag, count in ((True, 2), (False, 1)):
+        policy, critic, optimizer, rollout, rng, args = make_iteration(recompute_advantages=flag)
+        calls.clear()
+        ppo.update(policy, critic, optimizer, ppo.minibatch_gradient, rollout, 1.0, rng, args)
+        assert len(calls) == count
+
+
+def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
+    policy, critic, _, rollout, _, args = make_iteration()
+    with torch.no_grad():
+        for param in critic.value_net[-1].parameters():
+            param.zero_()
+    adv, _, _ = ppo.advantages(policy, critic, rollout, args)
+    scaled, _, _ = ppo.advantages(policy, critic, rollout._replace(rewards=10 * rollout.rewards), args)
+    torch.testing.assert_close(adv, scaled, rtol=1e-4, atol=1e-5)
+    assert adv.mean().abs() < 1e-5 and adv.std().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_compiled_gradient_equals_eager():
+    policy, critic, _, rollout, _, args = make_iteration(compile="on")
+    mb, beta = make_minibatch(policy, critic, rollout), torch.tensor(1.0)
+    compiled = ppo.compile_or_eager(ppo.minibatch_gradient, args, torch.device("cpu"))
+    assert compiled is not ppo.minibatch_gradient
+    grads, figures = compiled(policy, critic, mb, policy.log_std.detach(), beta, args)
+    expected, expected_figures = ppo.minibatch_gradient(policy, critic, mb, policy.log_std.detach(), beta, args)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-6)
+
+
+# ---- Train -----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(checkpoint):
+    """SHA-256 of all tensors and numbers of a checkpoint but its arguments."""
+    saved, digest = torch.load(checkpoint, weights_only=True), hashlib.sha256()
+
+    def visit(value):
+        if isinstance(value, dict):
+            for key in value:
+                visit(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        else:
+            digest.update(value.numpy().tobytes() if torch.is_tensor(value) else repr(value).encode())
+
+    visit({key: value for key, value in saved.items() if key != "args"})
+    return digest.hexdigest()
+
+
+def test_same_seed_same_run(tmp_path):
+    hashes = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        args = Args(**SMALL, env_id="Hopper-v5", total_timesteps=320, seed=seed, run_dir=str(tmp_path / name))
+        hashes.append(fingerprint(train(args)["checkpoint"]))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "kl-adaptive"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, surrogate):
+    flags = {**SMALL, "num_steps": 1000, "num_minibatches": 10, "total_timesteps": 8000, "surrogate": surrogate}
+    whole = train(Args(**flags, run_dir=str(tmp_path / "whole")))
+    assert whole["steps"] == 8000
+
+    original = ppo.check_finite
+    monkeypatch.setattr(
+        ppo,
+        "check_finite",
+        lambda step, **x: os.kill(os.getpid(), signal.SIGTERM) if step == 2000 and "loss" in x else None,
+    )
+    half = train(Args(**flags, run_dir=str(tmp_path / "parts")))
+    monkeypatch.setattr(ppo, "check_finite", original)
+    assert half["steps"] == 4000 and half["signal"] == signal.SIGTERM and half["eval_return"] is None
+    rest = train(Args(**flags, resume=half["checkpoint"]))
+    assert rest["steps"] == 8000 and rest["run_dir"] == half["run_dir"]
+    assert fingerprint(rest["checkpoint"]) == fingerprint(whole["checkpoint"])
+
+    def curve(run_dir):
+        rows = [line.split(",") for line in Path(run_dir, "progress.csv").read_text().splitlines()]
+        keep = [i for i, name in enumerate(rows[0]) if name not in ("seconds", "SPS")]
+        return [[row[i] for i in keep] for row in rows]
+
+    assert curve(rest["run_dir"]) == curve(whole["run_dir"]) and len(curve(rest["run_dir"])) == 5
+
+
+def test_checkpoint_round_trip_and_frozen_statistics(tmp_path, monkeypatch):
+    flags = {**SMALL, "eval_episodes": 2, "env_id": "Pendulum-v1", "total_timesteps": 256}
+    result = train(Args(**flags, run_dir=str(tmp_path / "run")))
+    saved = ppo.load_checkpoint(result["checkpoint"])
+    args = Args(**saved["args"])
+    policies = []
+    for _ in range(2):
+        policy = ppo.Policy(3, gym.make("Pendulum-v1").action_space, args)
+        policy.load_state_dict(saved["policy"])
+        policies.append(policy)
+    before = {k: v.clone() for k, v in policies[0].state_dict().items()}
+    assert before["obs_stats.count"] == 256
+    evaluation = ppo.evaluate_policy(policies[0], args, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in policies[0].state_dict().items())
+    assert np.mean(evaluation["deterministic"]) == result["eval_return"]
+    obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(policies[0].act(obs)[1], policies[1].act(obs)[1])
+    assert (tmp_path / "eval.json").exists() and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_evaluation_counts_one_whole_episode_each():
+    assert ppo.evaluate(lambda obs: np.zeros((len(obs), 1)), "EndlessChain-v0", 4, seed=0) == [3.0] * 4
+
+
+@pytest.mark.parametrize("poison", ["observations", "rewards"])
+def test_nan_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, poison):
+    gym.register(f"Poison{poison}-v0", Chain, kwargs={"poison": poison})
+    command = f"{SCRIPT} --env-id Poison{poison}-v0 --num-steps 8 --total-timesteps 999 --run-dir {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert ppo.main() == 1
+    assert f"{poison}, in the iteration after step 0" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
+    command = (
+        f"{SCRIPT} --env-id Pendulum-v1 --learning-rate 1e38 --max-grad-norm inf --total-timesteps 9999 --compile off"
+    )
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--run-dir", str(tmp_path / "run")])
+    assert ppo.main() == 1
+    assert "NaN or infinity in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--env-id CartPole-v1", "acer_discrete.py"),
+        ("--env-id NoSuchTask-v0", "NoSuchTask"),
+        ("--env-id nomodule:Task-v0", "nomodule"),
+        ("--total-timesteps 2047", "less than num_envs x num_steps = 2048"),
+        ("--num-minibatches 3", "multiple of --num-minibatches"),
+        ("--num-envs 1 --num-steps 1 --num-minibatches 1", "2 or more"),
+        ("--gamma 1.1", "--gamma 1.1 must lie in [0, 1]"),
+        ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
+        ("--gamma nan", "--gamma nan must lie in [0, 1]"),
+        ("--learning-rate 0", "--learning-rate 0.0 must be positive"),
+        ("--num-envs 0", "--num-envs 0 must be positive"),
+        ("--clip-coef -0.2", "--clip-coef -0.2 must be positive"),
+        ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
+        ("--seed -1", "--seed -1 must not be negative"),
+        ("--device nothing", "--device nothing"),
+        ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
+        ("--evaluate nothing.pt", "nothing.pt is not a readable checkpoint"),
+        ("--resume {garbage}", "is not a readable checkpoint"),
+        ("--resume {foreign}", "was written by trpo_continuous.py"),
+        ("--resume {checkpoint} --env-id Hopper-v5", "--env-id"),
+        ("--resume {checkpoint} --hidden-sizes 32", "--hidden-sizes"),
+        ("--resume {checkpoint} --run-dir elsewhere", "own folder"),
+        ("--run-dir {folder}", "File exists"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    result = train(Args(**SMALL, env_id="Pendulum-v1", total_timesteps=64, run_dir="run"))
+    Path("garbage.pt").write_bytes(b"not a checkpoint")
+    torch.save({"script": "trpo_continuous", "args": {}}, "foreign.pt")
+    places = {"garbage": "garbage.pt", "foreign": "foreign.pt", "checkpoint": result["checkpoint"], "folder": "run"}
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.format(**places).split()])
+    capsys.readouterr()
+    assert ppo.main() == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_explicit_flags_win_over_the_checkpoint(tmp_path, monkeypatch):
+    result = train(Args(**SMALL, env_id="Pendulum-v1", gamma=0.9, total_timesteps=128, run_dir=str(tmp_path / "run")))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", result["checkpoint"], "--total-timesteps", "256"])
+    assert ppo.main() == 0
+    saved = ppo.load_checkpoint(result["checkpoint"])
+    assert saved["step"] == 256 and saved["args"]["gamma"] == 0.9 and saved["args"]["num_steps"] == 32
+
+
+def test_sigterm_saves_and_exits_143_and_the_run_resumes(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--env-id", "Pendulum-v1", "--compile", "off"]
+    process = subprocess.Popen([*command, "--run-dir", "run"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    progress = tmp_path / "run" / "progress.csv"
+    while not (progress.exists() and len(progress.read_text().splitlines()) > 2):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
+    assert step > 0
+    more = ["--resume", "run/checkpoint.pt", "--total-timesteps", str(step + 2048), "--eval-episodes", "1"]
+    assert subprocess.run([*command[:2], *more], cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
+    assert ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] == step + 2048
+    steps = [int(line.split(",")[0]) for line in progress.read_text().splitlines()[1:]]
+    assert steps == list(range(2048, step + 2049, 2048))
+
+
+def test_gif_of_the_first_evaluation_episode(tmp_path):
+    pytest.importorskip("pygame")
+    ppo.evaluate(lambda obs: np.zeros((len(obs), 1)), "Pendulum-v1", 1, seed=7, video_dir=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["Pendulum-v1__ppo_continuous__s7.gif"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_trains_on_cuda(tmp_path, compiled):
+    flags = {**SMALL, "compile": compiled, "device": "cuda", "eval_episodes": 1, "env_id": "Pendulum-v1"}
+    result = train(Args(**flags, total_timesteps=640, run_dir=str(tmp_path / "run")))
+    assert result["steps"] == 640 and math.isfinite(result["eval_return"])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_learns_inverted_pendulum(tmp_path, seed):
+    args = Args(
+        env_id="InvertedPendulum-v5", total_timesteps=100_000, seed=seed, compile="on", run_dir=str(tmp_path / "run")
+    )
+    result = train(args)
+    assert result["eval_return"] >= 900
