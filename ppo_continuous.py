@@ -45,22 +45,17 @@ Resuming restores weights, optimizer, statistics and random generators. Episodes
 bit-exact where episodes end with the rollout.
 """
 
-import csv
-import dataclasses
 import hashlib
 import json
 import math
 import os
-import platform
-import secrets
 import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -91,9 +86,7 @@ class Args:
     # environment
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
     num_envs: int = 16  # N, environments stepped in turn
-    action_map: Literal["rescale", "clip", "none"] = (
-        "rescale"  # clip to ±1 and scale to the bounds | clip to them | none
-    )
+    action_map: Literal["rescale", "clip", "none"] = "rescale"  # clip to ±1, scale to bounds; clip to bounds; as it is
     norm_obs: bool = True  # normalize observations by their running mean and std
     clip_obs: float = 10.0  # clip (normalized) observations to ± this; inf = off
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
@@ -113,9 +106,7 @@ class Args:
     clip_coef: float = 0.2  # ε of PPO eq. 7
     kl_target: float = 0.01  # d_targ of the adaptive β (PPO section 4)
     kl_coef: float = 1.0  # β of PPO eq. 8: fixed, or the first adaptive one
-    target_kl: float | None = (
-        None  # end an iteration's epochs once one's mean KL(old‖new) exceeds this; not in the paper
-    )
+    target_kl: float | None = None  # stop the epochs once one's mean KL(old‖new) exceeds this; not in the paper
     clip_vloss: bool = False  # clip V around its old value by ε; not in the paper
     vf_coef: float = 0.5  # c1 of PPO eq. 9, weight of the un-halved squared error
     ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus
@@ -306,7 +297,7 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, noise: Tensor | float = 0.0) -> tuple[Tensor, np.ndarray]:
-        """Raw observations (N, O), standard normal noise (N, A) -> sample μ + σ·noise and environment's action (N, A)."""
+        """Raw observations (N, O), standard normal noise (N, A) -> sample μ + σ·noise, the env's action (N, A)."""
         actions = self(torch.from_numpy(obs).to(self.log_std.device)) + self.log_std.exp() * noise
         return actions, (actions.clamp(self.low, self.high) * self.scale + self.shift).cpu().numpy()
 
@@ -329,12 +320,12 @@ class Critic(nn.Module):
 class Envs:
     """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
 
-    `rng_states[i]` is environment i's random state before the reset that began its current episode, so that resuming
-    from it replays that reset.
+    `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
+    random state before the reset that began its current episode: resuming from it replays that reset.
     """
 
     def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
-        self.envs = envs
+        self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
         for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
             env.reset(seed=env_seed)
         self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
@@ -343,13 +334,16 @@ class Envs:
         self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), the true successors, final ones included; rewards, terminated, truncated (N,)."""
+        """Actions (N, A) -> next_obs (N, O), true successors even at episode ends; rewards, terminated, truncated."""
         next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs), np.float32)
         terminated, truncated = np.empty((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):
             next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
         self.obs = next_obs.copy()
+        self.sums += rewards, np.ones_like(rewards)
         for i in np.flatnonzero(terminated | truncated):
+            self.ended.append(tuple(self.sums[:, i].tolist()))
+            self.sums[:, i] = 0
             self.rng_states[i] = self.envs[i].np_random.bit_generator.state
             self.obs[i], _ = self.envs[i].reset()
         return next_obs, rewards, terminated, truncated
@@ -364,11 +358,11 @@ def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | No
     try:
         envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
     except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {env_id}: {error}") from error
+        raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
     for space, use in ((envs[0].action_space, "acer_discrete.py"), (envs[0].observation_space, "ppo_atari.py")):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise InputError(
-                f"--env-id {env_id} has {space}, but this script needs a flat Box: flatten it or use {use}"
+                f"--env-id {env_id} has {space}, but this script needs a flat Box: flatten it, or use {use}"
             )
     return Envs(envs, seed, rng_states)
 
@@ -400,7 +394,7 @@ def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) ->
 
 
 def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
-    """Rewards (T, N) divided by the std of the discounted return, clipped (Engstrom section 3, items 2 and 5); `start`."""
+    """(T, N) rewards over the std of the discounted return, clipped (Engstrom section 3, items 2, 5); next `start`."""
     if args.norm_reward:
         sums, start = discounted_sums(rewards, done, start, args.gamma)
         critic.return_stats.update(sums.flatten())
@@ -424,6 +418,8 @@ def advantages(policy: Policy, critic: Critic, rollout: Rollout, args: Args) -> 
 
 
 class Minibatch(NamedTuple):
+    """M samples of the batch; "old" is under π_old and V_old, those of the rollout."""
+
     obs: Tensor  # (M, O)
     actions: Tensor  # (M, A)
     mean_old: Tensor  # (M, A)
@@ -518,51 +514,60 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)
     envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
-    obs_dim, action_space = envs.obs.shape[1], envs.envs[0].action_space
-    policy, critic = Policy(obs_dim, action_space, args).to(device), Critic(obs_dim, args).to(device)
+    policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
+    critic = Critic(envs.obs.shape[1], args).to(device)
     params = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    step, beta, episodes = 0, args.kl_coef, deque(maxlen=100)  # episodes: (return, length) of the last that ended
-    if saved:
-        for name, part in (("policy", policy), ("critic", critic), ("optimizer", optimizer)):
-            part.load_state_dict(saved[name])
-        rng.set_state(saved["rng"])
-        step, beta = saved["step"], saved["beta"]
-        episodes.extend(saved["episodes"])
-
-    def checkpoint() -> str:
-        state = {"policy": policy.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"step": step, "beta": beta, "episodes": list(episodes)}
-        return save_checkpoint(log.run_dir, args, state | {"rng": rng.get_state(), "env_rng_states": envs.rng_states})
-
-    gradient = compile_or_eager(minibatch_gradient, args, device)
-    total_steps = args.num_iterations * args.batch_size
+    modules = {"policy": policy, "critic": critic, "optimizer": optimizer}
+    for name, module in modules.items() if saved else ():
+        module.load_state_dict(saved[name])
+    rng.set_state(saved.get("rng", rng.get_state()))
+    step, beta = saved.get("step", 0), saved.get("beta", args.kl_coef)
+    episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
     reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
-    running = np.zeros((2, args.num_envs))  # return and length so far of the episodes in flight
-    with Log(args, device, step, sum(p.numel() for p in params)) as log, stop_signals() as signals:
-        while step < total_steps and not signals:
-            lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    total_steps = args.num_iterations * args.batch_size
+    with Log(args, device, step, sum(p.numel() for p in params)) as log:
 
-            rollout = collect(envs, policy, rng, args.num_steps)
-            check_finite(step, observations=rollout.next_obs, rewards=rollout.rewards)
-            episodes.extend(ended_episodes(rollout.rewards, rollout.done, running))
-            rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
+        def checkpoint() -> str:
+            state = {"step": step, "beta": beta, "episodes": list(episodes), "env_rng_states": envs.rng_states}
+            state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
+            return save_checkpoint(log.run_dir, args, state)
 
-            stats = update(policy, critic, optimizer, gradient, rollout._replace(rewards=rewards), beta, rng, args)
-            check_finite(step, loss=torch.tensor([*stats.values()]), parameters=nn.utils.parameters_to_vector(params))
-            if args.surrogate == "kl-adaptive":
-                beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
-            policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
+        gradient = compile_or_eager(minibatch_gradient, args, device)
+        with stop_signals() as signals:
+            while step < total_steps and not signals:
+                lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
 
-            step += args.batch_size
-            log(step, lr, episodes, stats | {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()})
-            if step // args.batch_size % args.save_every == 0:
-                checkpoint()
+                rollout = collect(envs, policy, rng, args.num_steps)
+                check_finite(step, observations=rollout.next_obs, rewards=rollout.rewards)
+                episodes.extend(envs.ended)
+                envs.ended.clear()
+                rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
+
+                rollout = rollout._replace(rewards=rewards)
+                stats = update(policy, critic, optimizer, gradient, rollout, beta, rng, args)
+                losses = torch.tensor([stats[name] for name in LOSSES])
+                check_finite(step, losses=losses, parameters=nn.utils.parameters_to_vector(params))
+                if args.surrogate == "kl-adaptive":
+                    beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
+                policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
+
+                step += args.batch_size
+                log(step, lr, episodes, stats | {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()})
+                if step // args.batch_size % args.save_every == 0:
+                    checkpoint()
         path = checkpoint()
-    evaluation = None if signals or not args.eval_episodes else evaluate_policy(policy, args, log.run_dir)
-    return print_end(step, episodes, evaluation, path) | {"signal": signals[0] if signals else None}
+        episodic = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
+        log.bar.close()
+        print(f"{step:,} steps, last {len(episodes)} training episodes {episodic:.1f}, {log.seconds:.0f} s, {path}")
+        eval_return = None
+        if args.eval_episodes and not signals:
+            eval_return = float(np.mean(evaluate_policy(policy, args, log.run_dir)["deterministic"]))
+            log.events.add_scalar("eval/return", eval_return, step)
+    result = {"steps": step, "episodic_return": episodic, "eval_return": eval_return, "checkpoint": path}
+    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
 
 
 # ======================================================================================================================
@@ -571,9 +576,9 @@ def train(args: Args) -> dict:
 
 SCRIPT = "ppo_continuous"
 POSITIVE = (
-    "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_obs clip_reward"
+    "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_obs clip_reward "
+    "clip_coef kl_target target_kl max_grad_norm hidden_sizes"
 )
-POSITIVE += " clip_coef kl_target target_kl max_grad_norm hidden_sizes"
 NON_NEGATIVE = "seed eval_episodes adam_eps kl_coef vf_coef ent_coef"
 UNIT_INTERVAL = "gamma gae_lambda"
 FIXED_BY_CHECKPOINT = "seed env_id num_envs action_map norm_obs clip_obs norm_reward hidden_sizes activation"
@@ -603,7 +608,7 @@ def evaluate(
 
         fps = envs.envs[0].metadata.get("render_fps", 30)
         stride = max(1, round(fps / 25))
-        path = Path(video_dir) / f"{env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__s{seed}.gif"
+        path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
         path.parent.mkdir(parents=True, exist_ok=True)
         imageio.v3.imwrite(path, frames[::stride], duration=1000 * stride / fps, loop=0)
         print(f"video {path}")
@@ -611,7 +616,7 @@ def evaluate(
 
 
 def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list[float]]:
-    """Returns of the policy with frozen statistics, deterministic and sampled; written to eval.json too."""
+    """Returns of the policy with frozen statistics, deterministic and sampled; printed, and written to eval.json."""
     rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
 
     def sample(obs: np.ndarray) -> np.ndarray:
@@ -620,19 +625,10 @@ def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list
 
     deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
     evaluation = {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
+    for mode, returns in evaluation.items():
+        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     return evaluation
-
-
-def evaluate_checkpoint(args: Args) -> None:
-    """Evaluate the policy of the checkpoint `args.evaluate`; eval.json in its folder is renewed."""
-    check_args(args)
-    saved, device = load_checkpoint(args.evaluate, args), pick_device(args.device)
-    envs = make_envs(args.env_id, 1, args.seed)
-    policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
-    policy.load_state_dict(saved["policy"])
-    evaluation = evaluate_policy(policy, args, Path(args.evaluate).parent)
-    print_end(saved["step"], saved["episodes"], evaluation, args.evaluate)
 
 
 def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
@@ -658,70 +654,53 @@ def load_checkpoint(path: str, args: Args | None = None) -> dict:
 
 
 class Log:
-    """Run folder with config.json, progress.csv and TensorBoard events; the console's head lines and progress bar."""
+    """Run folder with config.json, progress.csv and TensorBoard events; head lines and, on a terminal, progress bar."""
 
     def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__s{args.seed}__{unique}"
+        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        name = f"{Path(args.env_id.replace(':', '/')).name}__{SCRIPT}__s{args.seed}__{unique}"
         self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         except OSError as error:
             raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
-        config = {"args": asdict(args), "device": str(device), "python": platform.python_version()}
-        config |= {"torch": torch.__version__, "gymnasium": gym.__version__}
-        config["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
+        script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        config = {"args": asdict(args), "device": str(device)} | versions | script_hash
         (self.run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        progress = self.run_dir / "progress.csv"
-        kept = (
-            [x for x in progress.read_text().splitlines() if x[:4] == "step" or int(x.split(",")[0]) <= step]
-            if step
-            else []
-        )
-        self.file = progress.open("w", newline="", buffering=1)
-        self.file.writelines(f"{line}\n" for line in kept)
-        self.rows, self.header = csv.writer(self.file), bool(kept)
+        path = self.run_dir / "progress.csv"
+        header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
+        kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
+        self.file = path.open("w", buffering=1)  # a line at a time
+        self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         total, why = (
             args.num_iterations * args.batch_size,
-            "faster for small networks" if args.device == "auto" else "as asked",
+            "as asked" if args.device != "auto" else "auto: small networks",
         )
         print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
-        print(
-            f"device {device} ({why}), {args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size},",
-            end=" ",
-        )
-        print(
-            f"{args.num_iterations} iterations = {total:,} steps, {num_params:,} parameters"
-            + f", from step {step:,}" * (step > 0),
-            flush=True,
-        )
+        print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
+        print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
+        print(f"device {device} ({why}), {num_params:,} parameters", flush=True)
         self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.start = self.last = time.time()
-        self.step = step
+        self.step, self.last, self.seconds = step, time.time(), float(kept[-1][1]) if kept else 0.0
 
     def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
         """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
-        now, (returns, lengths) = time.time(), np.mean(episodes or [(math.nan, math.nan)], axis=0).tolist()
-        sps = (step - self.step) / (now - self.last)
-        row = {
-            "charts/episodic_return": returns,
-            "charts/episodic_length": lengths,
-            "charts/SPS": sps,
-            "charts/learning_rate": lr,
-        }
-        row |= {f"losses/{name}": value for name, value in stats.items()}
-        if not self.header:
-            self.rows.writerow(["step", "seconds", *(tag.split("/")[1] for tag in row)])
-        self.header, self.step, self.last = True, step, now
-        self.rows.writerow(
-            [step, f"{now - self.start:.2f}", *("" if math.isnan(x) else f"{x:.6g}" for x in row.values())]
-        )
-        for tag, value in row.items():
+        elapsed, (returns, lengths) = time.time() - self.last, np.mean(episodes or [(math.nan,) * 2], axis=0).tolist()
+        sps = (step - self.step) / elapsed
+        charts = {"episodic_return": returns, "episodic_length": lengths, "SPS": sps, "learning_rate": lr}
+        self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
+        if not self.file.tell():
+            self.file.write(",".join(["step", "seconds", *charts, *stats]) + "\n")
+        cells = {**charts, **stats}
+        values = ("" if math.isnan(x) else f"{x:.6g}" for x in cells.values())
+        self.file.write(",".join([str(step), f"{self.seconds:.2f}", *values]) + "\n")
+        for name, value in cells.items():
             if not math.isnan(value):
-                self.events.add_scalar(tag, value, step)
+                self.events.add_scalar(f"{'charts' if name in charts else 'losses'}/{name}", value, step)
         self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -733,31 +712,8 @@ class Log:
             part.close()
 
 
-def print_end(step: int, episodes: deque | list, evaluation: dict[str, list[float]] | None, path: str) -> dict:
-    """Say how it went; -> what `train` returns, less the signal."""
-    episodic = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
-    print(
-        f"{step:,} steps, mean return of the last {len(episodes)} training episodes {episodic:.1f}, checkpoint {path}"
-    )
-    for mode, returns in (evaluation or {}).items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
-    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    result = {"steps": step, "episodic_return": episodic, "eval_return": eval_return}
-    return result | {"checkpoint": path, "run_dir": str(Path(path).parent)}
-
-
-def ended_episodes(rewards: Tensor, done: Tensor, running: np.ndarray) -> list[tuple[float, int]]:
-    """Raw (return, length) of the episodes that end in a rollout (T, N); `running` (2, N) carries the others on."""
-    ended = []
-    for reward, end in zip(rewards.cpu().numpy(), done.cpu().numpy(), strict=True):
-        running += [reward, np.ones_like(reward)]
-        ended += [(float(total), int(length)) for total, length in running[:, end].T]
-        running[:, end] = 0
-    return ended
-
-
 @contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[list[int]]:
     """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
     caught, previous = [], {}
 
@@ -767,8 +723,8 @@ def stop_signals():
         for s in previous:
             signal.signal(s, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    with suppress(ValueError):  # only the main thread can catch signals
+        previous.update({s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield caught
     finally:
@@ -785,23 +741,20 @@ def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Ca
         print("not compiled: this PyTorch can't trace torch.autograd.grad")
         return function
     torch._dynamo.config.trace_autograd_ops = True
+    print("compiling: the first iteration takes up to half a minute", flush=True)
     cuda_graphs = device.type == "cuda"
-    chosen, called = torch.compile(function, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None), False
+    chosen = torch.compile(function, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None)
 
     def compiled(*inputs):
-        nonlocal chosen, called
+        nonlocal chosen
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
         try:
             return chosen(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if called:
-                raise
+        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
             print(f"not compiled: {str(error).splitlines()[0]}")
             chosen = function
             return function(*inputs)
-        finally:
-            called = True
 
     return compiled
 
@@ -809,11 +762,9 @@ def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Ca
 def pick_device(name: str) -> torch.device:
     """The device of --device. Raises InputError if it is not there."""
     try:
-        device = torch.device("cpu" if name == "auto" else name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def check_args(args: Args) -> None:
@@ -828,9 +779,7 @@ def check_args(args: Args) -> None:
             if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
                 raise InputError(f"--{name.replace('_', '-')} {value} {what}")
     if args.batch_size < 2 or args.batch_size % args.num_minibatches:
-        raise InputError(
-            f"num_envs x num_steps = {args.batch_size}: make it 2 or more and a multiple of --num-minibatches"
-        )
+        raise InputError(f"num_envs x num_steps = {args.batch_size} must be a multiple of --num-minibatches, and not 1")
     if args.total_timesteps < args.batch_size:
         raise InputError(
             f"--total-timesteps {args.total_timesteps} is less than num_envs x num_steps = {args.batch_size}"
@@ -853,7 +802,7 @@ def parse_args() -> Args:
     if not (args.resume or args.evaluate):
         return args
     saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
-    return cli(default=dataclasses.replace(saved, resume=None, run_dir=None, video_dir=None))
+    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None))
 
 
 def main() -> int:
@@ -862,11 +811,14 @@ def main() -> int:
         args = parse_args()
         if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        if args.evaluate:
-            evaluate_checkpoint(args)
-            return 0
-        stopped_by = train(args)["signal"]
-        return 128 + stopped_by if stopped_by else 0
+        if not args.evaluate:
+            return 128 + signum if (signum := train(args)["signal"]) else 0
+        check_args(args)
+        saved, space = load_checkpoint(args.evaluate, args), make_envs(args.env_id, 1, args.seed).envs[0]
+        policy = Policy(space.observation_space.shape[0], space.action_space, args).to(pick_device(args.device))
+        policy.load_state_dict(saved["policy"])
+        evaluate_policy(policy, args, Path(args.evaluate).parent)
+        return 0
     except InputError as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2
