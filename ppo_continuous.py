@@ -333,9 +333,12 @@ class Envs:
             env.np_random.bit_generator.state = state
         self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), true successors even at episode ends; rewards, terminated, truncated."""
-        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs), np.float32)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Actions (N, A) -> next_obs (N, O), rewards, terminated, truncated (N,), obs (N, O).
+
+        `next_obs` are the true successors, final observations included; `obs` is what to act on next.
+        """
+        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs))
         terminated, truncated = np.empty((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):
             next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
@@ -346,11 +349,11 @@ class Envs:
             self.sums[:, i] = 0
             self.rng_states[i] = self.envs[i].np_random.bit_generator.state
             self.obs[i], _ = self.envs[i].reset()
-        return next_obs, rewards, terminated, truncated
+        return next_obs, rewards, terminated, truncated, self.obs
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, **kwargs) -> Envs:
-    """`num_envs` environments with flat Box observations and actions. Raises InputError for anything else."""
+    """`num_envs` environments with flat Box observations and actions; raises InputError for any other."""
     with suppress(ImportError):  # MuJoCo would repeat this warning for each environment and log it to ./MUJOCO_LOG.TXT
         import mujoco
 
@@ -359,11 +362,12 @@ def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | No
         envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    for space, use in ((envs[0].action_space, "acer_discrete.py"), (envs[0].observation_space, "ppo_atari.py")):
+    for space, hint in (
+        (envs[0].action_space, "for discrete actions use acer_discrete.py"),
+        (envs[0].observation_space, "for images use ppo_atari.py, else the wrapper FlattenObservation"),
+    ):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(
-                f"--env-id {env_id} has {space}, but this script needs a flat Box: flatten it, or use {use}"
-            )
+            raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
     return Envs(envs, seed, rng_states)
 
 
@@ -384,12 +388,13 @@ class Rollout(NamedTuple):
 def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
     """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
     noise = torch.randn(num_steps, len(envs.envs), len(policy.log_std), generator=rng)  # (T, N, A)
-    steps = []
+    steps, obs = [], envs.obs
     for noise_t in noise.to(policy.log_std.device):
-        obs = envs.obs
         actions, env_actions = policy.act(obs, noise_t)
-        next_obs, rewards, terminated, truncated = envs.step(env_actions)
-        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, terminated | truncated))
+        next_obs, rewards, terminated, truncated, later_obs = envs.step(env_actions)
+        done = terminated | truncated
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards.astype(np.float32), terminated, done))
+        obs = later_obs
     return Rollout(*(torch.from_numpy(np.stack(x)).to(policy.log_std.device) for x in zip(*steps, strict=True)))
 
 
@@ -509,10 +514,10 @@ def train(args: Args) -> dict:
     process. Raises InputError for bad input, FloatingPointError for NaN or infinity.
     """
     check_args(args)
-    device, saved = pick_device(args.device), load_checkpoint(args.resume, args) if args.resume else {}
+    device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
     torch.set_num_threads(1)  # more do not help networks this small
     torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
     envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
     policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
     critic = Critic(envs.obs.shape[1], args).to(device)
@@ -538,10 +543,10 @@ def train(args: Args) -> dict:
             while step < total_steps and not signals:
                 lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group.update(lr=lr, eps=args.adam_eps)
 
                 rollout = collect(envs, policy, rng, args.num_steps)
-                check_finite(step, observations=rollout.next_obs, rewards=rollout.rewards)
+                check_finite(step, observations=torch.cat([rollout.obs, rollout.next_obs]), rewards=rollout.rewards)
                 episodes.extend(envs.ended)
                 envs.ended.clear()
                 rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
@@ -558,16 +563,18 @@ def train(args: Args) -> dict:
                 log(step, lr, episodes, stats | {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()})
                 if step // args.batch_size % args.save_every == 0:
                     checkpoint()
-        path = checkpoint()
-        episodic = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
+            path = checkpoint()
         log.bar.close()
-        print(f"{step:,} steps, last {len(episodes)} training episodes {episodic:.1f}, {log.seconds:.0f} s, {path}")
-        eval_return = None
+        evaluation = {}
         if args.eval_episodes and not signals:
-            eval_return = float(np.mean(evaluate_policy(policy, args, log.run_dir)["deterministic"]))
-            log.events.add_scalar("eval/return", eval_return, step)
-    result = {"steps": step, "episodic_return": episodic, "eval_return": eval_return, "checkpoint": path}
-    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+            evaluation = evaluate_policy(policy, args, log.run_dir)
+            log.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
+    result = {"steps": step, "episodic_return": float(np.mean([x for x, _ in episodes])) if episodes else math.nan}
+    result["eval_return"] = float(np.mean(evaluation["deterministic"])) if evaluation else None
+    print(f"mean return of the last {len(episodes)} training episodes {result['episodic_return']:.1f}")
+    print_evaluation(evaluation)
+    print(f"{step:,} steps in {log.seconds:.0f} s  {path}")
+    return result | {"checkpoint": path, "run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
 
 
 # ======================================================================================================================
@@ -581,7 +588,9 @@ POSITIVE = (
 )
 NON_NEGATIVE = "seed eval_episodes adam_eps kl_coef vf_coef ent_coef"
 UNIT_INTERVAL = "gamma gae_lambda"
-FIXED_BY_CHECKPOINT = "seed env_id num_envs action_map norm_obs clip_obs norm_reward hidden_sizes activation"
+FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
+FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward kl_coef orthogonal_init log_std_init"
+LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 
 
 class InputError(ValueError):
@@ -593,30 +602,32 @@ def evaluate(
 ) -> list[float]:
     """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
 
-    One each, since counting the first to end would favour short ones. `video_dir` gets a GIF of the first environment.
+    One each, since counting the first to end would favour short ones; cut after LONGEST_EVALUATION steps. `video_dir`
+    gets a GIF of the first environment.
     """
     envs = make_envs(env_id, episodes, seed, **({"render_mode": "rgb_array"} if video_dir else {}))
-    returns, going, frames = np.zeros(episodes), np.ones(episodes, bool), []
-    while going.any():
-        if video_dir and going[0]:
+    returns, going, frames, obs = np.zeros(episodes), np.ones(episodes, bool), [], envs.obs
+    fps = envs.envs[0].metadata.get("render_fps", 30)
+    stride = max(1, round(fps / 25))  # steps a frame
+    for step in range(LONGEST_EVALUATION):
+        if video_dir and going[0] and step % stride == 0:
             frames.append(envs.envs[0].render())
-        _, rewards, terminated, truncated = envs.step(act(envs.obs))
-        returns += rewards * going
+        _, rewards, terminated, truncated, obs = envs.step(act(obs))
+        returns[going] += rewards[going]
         going &= ~(terminated | truncated)
+        if not going.any():
+            break
     if video_dir:
         import imageio.v3
 
-        fps = envs.envs[0].metadata.get("render_fps", 30)
-        stride = max(1, round(fps / 25))
         path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(path, frames[::stride], duration=1000 * stride / fps, loop=0)
-        print(f"video {path}")
+        imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
     return returns.tolist()
 
 
 def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list[float]]:
-    """Returns of the policy with frozen statistics, deterministic and sampled; printed, and written to eval.json."""
+    """Returns of the policy with frozen statistics, deterministic and sampled; also written to eval.json."""
     rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
 
     def sample(obs: np.ndarray) -> np.ndarray:
@@ -625,10 +636,14 @@ def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list
 
     deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
     evaluation = {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
-    for mode, returns in evaluation.items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
     (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     return evaluation
+
+
+def print_evaluation(evaluation: dict[str, list[float]]) -> None:
+    """Mean and standard deviation over episodes of each mode."""
+    for mode, returns in evaluation.items():
+        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
 
 
 def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
@@ -638,8 +653,8 @@ def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
     return str(run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(path: str, args: Args | None = None) -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` change what it fixes."""
+def load_checkpoint(path: str, args: Args | None = None, fixed: str = "") -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` differ in `fixed`."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = saved["script"], saved["args"]
@@ -647,7 +662,7 @@ def load_checkpoint(path: str, args: Args | None = None) -> dict:
         raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
     if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
         raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
-    for name in FIXED_BY_CHECKPOINT.split() if args else ():
+    for name in fixed.split():
         if getattr(args, name) != saved_args[name]:
             raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
     return saved
@@ -669,7 +684,9 @@ class Log:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
         script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
         config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        (self.run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (self.run_dir / (f"config-{step}.json" if args.resume else "config.json")).write_text(
+            json.dumps(config, indent=1) + "\n"
+        )
         path = self.run_dir / "progress.csv"
         header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
         kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
@@ -719,7 +736,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _) -> None:
         caught.append(number)
-        os.write(2, b"\nstopping after this iteration; once more kills\n")
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, b"\nstopping after this iteration; once more kills\n")
         for s in previous:
             signal.signal(s, signal.SIG_DFL)
 
@@ -778,8 +796,24 @@ def check_args(args: Args) -> None:
             value = getattr(args, name)
             if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
                 raise InputError(f"--{name.replace('_', '-')} {value} {what}")
-    if args.batch_size < 2 or args.batch_size % args.num_minibatches:
-        raise InputError(f"num_envs x num_steps = {args.batch_size} must be a multiple of --num-minibatches, and not 1")
+    if args.batch_size < 2:
+        raise InputError("num_envs x num_steps must be 2 or more")
+    if args.batch_size % args.num_minibatches:
+        raise InputError(
+            f"--num-minibatches {args.num_minibatches} must divide num_envs x num_steps = {args.batch_size}"
+        )
+    if args.resume and Path(args.resume).name != "checkpoint.pt":
+        raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
+    if args.evaluate and not args.eval_episodes:
+        raise InputError("--evaluate needs --eval-episodes of 1 or more")
+    if args.video_dir:
+        try:
+            make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
+        except Exception as error:  # every renderer raises types of its own
+            hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+            raise InputError(
+                f"--video-dir: {args.env_id} can't be rendered ({type(error).__name__}); {hint}"
+            ) from error
     if args.total_timesteps < args.batch_size:
         raise InputError(
             f"--total-timesteps {args.total_timesteps} is less than num_envs x num_steps = {args.batch_size}"
@@ -802,7 +836,8 @@ def parse_args() -> Args:
     if not (args.resume or args.evaluate):
         return args
     saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
-    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None))
+    episodes = saved.eval_episodes or Args.eval_episodes
+    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
 
 
 def main() -> int:
@@ -814,10 +849,14 @@ def main() -> int:
         if not args.evaluate:
             return 128 + signum if (signum := train(args)["signal"]) else 0
         check_args(args)
-        saved, space = load_checkpoint(args.evaluate, args), make_envs(args.env_id, 1, args.seed).envs[0]
-        policy = Policy(space.observation_space.shape[0], space.action_space, args).to(pick_device(args.device))
-        policy.load_state_dict(saved["policy"])
-        evaluate_policy(policy, args, Path(args.evaluate).parent)
+        saved = load_checkpoint(args.evaluate, args, FIXED_ON_EVALUATION)
+        env = make_envs(args.env_id, 1, args.seed).envs[0]
+        policy = Policy(env.observation_space.shape[0], env.action_space, args).to(pick_device(args.device))
+        try:
+            policy.load_state_dict(saved["policy"])
+        except RuntimeError as error:
+            raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
+        print_evaluation(evaluate_policy(policy, args, Path(args.evaluate).parent))
         return 0
     except InputError as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)

@@ -4,13 +4,13 @@
 
 Each run leaves benchmarks/results/mujoco/<script>__<task>__s<seed>.csv (step, mean return of the last 100 training
 episodes; about 100 rows) and a row in index.csv beside it (command, hash of the script, final scores, seconds). A run
-whose row is there is not done again; a half-done one resumes from its checkpoint. Ends with the table of means.
+whose row is there is not done again (delete the row for that); a half-done one resumes from its checkpoint. Ends with the table of means.
 """
 
 import csv
-import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +45,8 @@ def index() -> list[dict[str, str]]:
 def run(task: str, seed: int, folder: Path) -> dict[str, str]:
     """Train one run to its end; -> its row of index.csv. Raises RuntimeError with the last line of a failed run."""
     run_dir = folder / f"{SCRIPT}__{task}__s{seed}"
+    if not (run_dir / "checkpoint.pt").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)  # killed before it had anything to go on from
     command = ["python", f"{SCRIPT}.py", "--env-id", task, "--seed", str(seed)]
     more = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -61,7 +63,7 @@ def run(task: str, seed: int, folder: Path) -> dict[str, str]:
             f"{r['step']},{r['episodic_return']}\n" for r in rows[::-1][::every][::-1] if r["episodic_return"]
         )
     scores = {mode: f"{statistics.mean(returns):.2f}" for mode, returns in evaluation.items()}
-    digest = hashlib.sha256((ROOT / f"{SCRIPT}.py").read_bytes()).hexdigest()[:16]
+    digest = json.loads((run_dir / "config.json").read_text())["script_sha256"][:16]
     last = {"steps": rows[-1]["step"], "last100": f"{float(rows[-1]['episodic_return']):.2f}"}
     return {"task": task, "seed": str(seed), **last, **scores, "seconds": rows[-1]["seconds"]} | {
         "script_sha256": digest,
@@ -76,7 +78,11 @@ def main(args: Args) -> None:
     with ThreadPoolExecutor(args.workers) as pool:
         futures = [pool.submit(run, task, seed, args.runs) for task, seed in todo]
         for future in tqdm(futures, unit="run"):
-            row = future.result()
+            try:
+                row = future.result()
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                continue
             new = not (RESULTS / "index.csv").exists()
             with (RESULTS / "index.csv").open("a") as file:
                 writer = csv.DictWriter(file, COLUMNS)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -244,11 +246,12 @@ def test_observations_are_normalized_and_clipped():
 class Chain(gym.Env):
     """Position 0, 1, 2, … with reward 1 a step; ends after three steps if `finite`."""
 
-    observation_space = gym.spaces.Box(0, np.inf, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, finite=True, poison=None):
-        self.finite, self.poison = finite, poison
+    def __init__(self, finite=True, render_mode=None):
+        self.finite, self.render_mode = finite, render_mode
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -257,13 +260,38 @@ class Chain(gym.Env):
 
     def step(self, action):
         self.position += 1
-        obs = np.array([self.position if self.poison != "observations" else np.nan], np.float32)
-        reward = 1.0 if self.poison != "rewards" else math.inf
-        return obs, reward, self.finite and self.position == 3, False, {}
+        return np.array([self.position], np.float32), 1.0, self.finite and self.position == 3, False, {}
+
+    def render(self):
+        return np.full((16, 16, 3), 50 * self.position, np.uint8)
+
+
+class Poison(Chain):
+    """Gives NaN or infinity from the 20th step on."""
+
+    def __init__(self, poison):
+        super().__init__()
+        self.poison, self.count = poison, 0
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return (obs * np.nan if self.poison == "observations" and self.count > 20 else obs), info
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        self.count += 1
+        bad = self.count > 20
+        return (
+            obs * np.nan if bad and self.poison == "successors" else obs,
+            math.inf if bad and self.poison == "rewards" else reward,
+            *rest,
+        )
 
 
 gym.register("Chain-v0", Chain)
 gym.register("EndlessChain-v0", Chain, kwargs={"finite": False}, max_episode_steps=3)
+gym.register("Unlimited-v0", Chain, kwargs={"finite": False})
+gym.register("Poison-v0", Poison)
 
 
 class PerfectCritic:
@@ -292,7 +320,7 @@ def test_perfect_critic_has_no_advantage_to_report(env_id, finite):
 def test_step_gives_the_true_successor_and_the_observation_to_act_on():
     envs = ppo.make_envs("Chain-v0", 1, seed=0)
     seen = [(float(envs.obs[0, 0]), float(envs.step(np.zeros((1, 1)))[0][0, 0])) for _ in range(4)]
-    assert seen == [(0, 1), (1, 2), (2, 3), (0, 1)]
+    assert seen == [(0, 1), (1, 2), (2, 3), (0, 1)] and envs.obs == 1.0
 
 
 def test_seeds_do_not_share_environment_streams():
@@ -416,7 +444,15 @@ def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
     policy, critic, optimizer, rollout, rng, args = make_iteration(update_epochs=3)
     seen = []
 
+    adv, returns, values = ppo.advantages(policy, critic, rollout, args)
+    facts = (rollout.obs.sum(-1), rollout.actions.sum(-1), values, adv, returns)
+    samples = torch.stack([x.flatten() for x in facts], 1)  # (B, 5)
+
     def spy(policy, critic, mb, *rest):
+        if len(seen) < args.num_minibatches:  # later epochs have other advantages
+            row = torch.stack([mb.obs.sum(-1), mb.actions.sum(-1), mb.values_old, mb.adv, mb.returns], 1)
+            distance = (row[:, None] - samples[None]).abs().sum(-1)  # (M, B)
+            assert distance.min(1).values.max() < 1e-4  # every row is all of one sample, not parts of several
         seen.append(mb.logp_old)
         return ppo.minibatch_gradient(policy, critic, mb, *rest)
 
@@ -452,18 +488,88 @@ def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
     assert adv.mean().abs() < 1e-5 and adv.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_compiled_gradient_equals_eager():
+def test_compiled_gradient_equals_eager(capsys):
     policy, critic, _, rollout, _, args = make_iteration(compile="on")
     mb, beta = make_minibatch(policy, critic, rollout), torch.tensor(1.0)
     compiled = ppo.compile_or_eager(ppo.minibatch_gradient, args, torch.device("cpu"))
-    assert compiled is not ppo.minibatch_gradient
     grads, figures = compiled(policy, critic, mb, policy.log_std.detach(), beta, args)
+    assert compiled is not ppo.minibatch_gradient and "not compiled" not in capsys.readouterr().out
     expected, expected_figures = ppo.minibatch_gradient(policy, critic, mb, policy.log_std.detach(), beta, args)
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-6)
 
 
+def test_without_a_compiler_it_goes_on_uncompiled(monkeypatch, capsys):
+    def broken(function, **options):
+        def call(*inputs):
+            raise torch._dynamo.exc.Unsupported("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    gradient = ppo.compile_or_eager(lambda x: x + 1, Args(compile="on"), torch.device("cpu"))
+    assert [gradient(1), gradient(2)] == [2, 3]
+    assert capsys.readouterr().out.count("not compiled: no compiler here") == 1
+
+
 # ---- Train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_wires_its_parts_together(tmp_path, monkeypatch):
+    updates, rollouts, noises = [], [], []
+    original_update, original_collect, original_act = ppo.update, ppo.collect, ppo.Policy.act
+
+    def act(policy, obs, noise=0.0):
+        noises.append((noise, policy.log_std.detach().clone()))
+        return original_act(policy, obs, noise)
+
+    def collect(*inputs):
+        rollouts.append(original_collect(*inputs))
+        return rollouts[-1]
+
+    def update(policy, critic, optimizer, gradient, rollout, beta, rng, args):
+        def spy(policy, critic, mb, *rest):
+            logp_old.extend(mb.logp_old.tolist())
+            return ppo.minibatch_gradient(policy, critic, mb, *rest)
+
+        logp_old = []
+        stats = original_update(policy, critic, optimizer, spy, rollout, beta, rng, args)
+        saved = (tmp_path / "run" / "checkpoint.pt").exists()
+        updates.append((rollout, beta, stats, optimizer.param_groups[0]["lr"], logp_old, saved))
+        return stats
+
+    monkeypatch.setattr(ppo.Policy, "act", act)
+    monkeypatch.setattr(ppo, "collect", collect)
+    monkeypatch.setattr(ppo, "update", update)
+    flags = SMALL | {"update_epochs": 1, "surrogate": "kl-adaptive", "kl_target": 1e-9, "save_every": 2}
+    args = Args(**flags, env_id="Hopper-v5", total_timesteps=192, run_dir=str(tmp_path / "run"))
+    train(args)
+    assert len(updates) == 3
+
+    # log π_old is that of the policy which acted: for a = μ + σ·noise it depends on noise and σ alone
+    steps = [noises[i : i + args.num_steps] for i in range(0, len(noises), args.num_steps)]
+    for step, (*_, logp_old, _) in zip(steps, updates, strict=True):
+        acted = [(-0.5 * (n**2 + math.log(2 * math.pi)) - log_std).sum(-1) for n, log_std in step]
+        torch.testing.assert_close(torch.tensor(logp_old).sort().values, torch.cat(acted).sort().values)
+
+    # rewards are scaled by the statistics of all rollouts so far, sums carried from one to the next
+    sums, start = [], torch.zeros(args.num_envs)
+    for rollout, (scaled, *_) in zip(rollouts, updates, strict=True):
+        more, start = ppo.discounted_sums(rollout.rewards, rollout.done, start, args.gamma)
+        sums.append(more)
+        expected = (rollout.rewards / torch.cat(sums).std(correction=0)).clamp(-10, 10)
+        torch.testing.assert_close(scaled.rewards, expected, rtol=1e-4, atol=1e-5)
+
+    assert [lr for _, _, _, lr, _, _ in updates] == pytest.approx([3e-4, 2e-4, 1e-4])
+    assert [saved for *_, saved in updates] == [False, False, True]  # save_every is 2
+    betas = [beta for _, beta, *_ in updates]
+    assert betas[0] == 1.0
+    for before, after, (_, _, stats, *_) in zip(betas, betas[1:], updates, strict=False):
+        assert after == ppo.adapt_kl_coef(before, stats["kl"], 1e-9)
+    assert betas == [1.0, 2.0, 4.0]
+    rows = [line.split(",") for line in (tmp_path / "run" / "progress.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["step", "64", "128", "192"]
+    assert [float(row[rows[0].index("kl_coef")]) for row in rows[1:]] == [2.0, 4.0, 8.0]
 
 
 def fingerprint(checkpoint):
@@ -520,37 +626,44 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, surrogate):
 
 
 def test_checkpoint_round_trip_and_frozen_statistics(tmp_path, monkeypatch):
+    trained, original = [], ppo.evaluate_policy
+    monkeypatch.setattr(ppo, "evaluate_policy", lambda policy, *rest: trained.append(policy) or original(policy, *rest))
     flags = {**SMALL, "eval_episodes": 2, "env_id": "Pendulum-v1", "total_timesteps": 256}
     result = train(Args(**flags, run_dir=str(tmp_path / "run")))
     saved = ppo.load_checkpoint(result["checkpoint"])
-    args = Args(**saved["args"])
-    policies = []
-    for _ in range(2):
-        policy = ppo.Policy(3, gym.make("Pendulum-v1").action_space, args)
-        policy.load_state_dict(saved["policy"])
-        policies.append(policy)
-    before = {k: v.clone() for k, v in policies[0].state_dict().items()}
+    policy = ppo.Policy(3, gym.make("Pendulum-v1").action_space, Args(**saved["args"]))
+    policy.load_state_dict(saved["policy"])
+    obs = 3 * np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(policy.act(obs)[1], trained[0].act(obs)[1])
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
     assert before["obs_stats.count"] == 256
-    evaluation = ppo.evaluate_policy(policies[0], args, tmp_path)
-    assert all(torch.equal(v, before[k]) for k, v in policies[0].state_dict().items())
+    evaluation = original(policy, Args(**saved["args"]), tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
     assert np.mean(evaluation["deterministic"]) == result["eval_return"]
-    obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    np.testing.assert_array_equal(policies[0].act(obs)[1], policies[1].act(obs)[1])
-    assert (tmp_path / "eval.json").exists() and not list((tmp_path / "run").glob("*.tmp"))
+    assert json.loads((tmp_path / "eval.json").read_text()) == evaluation
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_evaluation_counts_one_whole_episode_each():
     assert ppo.evaluate(lambda obs: np.zeros((len(obs), 1)), "EndlessChain-v0", 4, seed=0) == [3.0] * 4
 
 
-@pytest.mark.parametrize("poison", ["observations", "rewards"])
+def test_evaluation_of_a_task_without_end_stops(monkeypatch):
+    monkeypatch.setattr(ppo, "LONGEST_EVALUATION", 7)
+    assert ppo.evaluate(lambda obs: np.zeros((len(obs), 1)), "Unlimited-v0", 2, seed=0) == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("poison", ["observations", "successors", "rewards"])
 def test_nan_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys, poison):
-    gym.register(f"Poison{poison}-v0", Chain, kwargs={"poison": poison})
-    command = f"{SCRIPT} --env-id Poison{poison}-v0 --num-steps 8 --total-timesteps 999 --run-dir {tmp_path / 'run'}"
+    monkeypatch.setitem(gym.registry["Poison-v0"].kwargs, "poison", poison)
+    flags = "--num-envs 2 --num-steps 8 --num-minibatches 4 --save-every 1 --compile off"
+    command = f"{SCRIPT} --env-id Poison-v0 {flags} --total-timesteps 999 --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", command.split())
     assert ppo.main() == 1
-    assert f"{poison}, in the iteration after step 0" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    culprit = "rewards" if poison == "rewards" else "observations"
+    assert f"NaN or infinity in {culprit}, in the iteration after step 32" in capsys.readouterr().err
+    saved = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))
+    assert saved["step"] == 32 and all(x.isfinite().all() for x in saved["policy"].values() if x.is_floating_point())
 
 
 def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
@@ -569,7 +682,7 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--env-id NoSuchTask-v0", "NoSuchTask"),
         ("--env-id nomodule:Task-v0", "nomodule"),
         ("--total-timesteps 2047", "less than num_envs x num_steps = 2048"),
-        ("--num-minibatches 3", "multiple of --num-minibatches"),
+        ("--num-minibatches 3", "--num-minibatches 3 must divide"),
         ("--num-envs 1 --num-steps 1 --num-minibatches 1", "2 or more"),
         ("--gamma 1.1", "--gamma 1.1 must lie in [0, 1]"),
         ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
@@ -583,6 +696,11 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
         ("--evaluate nothing.pt", "nothing.pt is not a readable checkpoint"),
         ("--resume {garbage}", "is not a readable checkpoint"),
+        ("--resume {copy}", "name its checkpoint.pt, not best.pt"),
+        ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
+        ("--evaluate {checkpoint} --hidden-sizes 32", "--hidden-sizes"),
+        ("--evaluate {checkpoint} --env-id Hopper-v5", "other sizes than Pendulum-v1"),
+        ("--evaluate {checkpoint} --eval-episodes 0", "--eval-episodes of 1 or more"),
         ("--resume {foreign}", "was written by trpo_continuous.py"),
         ("--resume {checkpoint} --env-id Hopper-v5", "--env-id"),
         ("--resume {checkpoint} --hidden-sizes 32", "--hidden-sizes"),
@@ -595,7 +713,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, fl
     result = train(Args(**SMALL, env_id="Pendulum-v1", total_timesteps=64, run_dir="run"))
     Path("garbage.pt").write_bytes(b"not a checkpoint")
     torch.save({"script": "trpo_continuous", "args": {}}, "foreign.pt")
-    places = {"garbage": "garbage.pt", "foreign": "foreign.pt", "checkpoint": result["checkpoint"], "folder": "run"}
+    Path("best.pt").write_bytes(Path(result["checkpoint"]).read_bytes())
+    places = {
+        "garbage": "garbage.pt",
+        "copy": "best.pt",
+        "foreign": "foreign.pt",
+        "checkpoint": result["checkpoint"],
+        "folder": "run",
+    }
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.format(**places).split()])
     capsys.readouterr()
@@ -630,10 +755,40 @@ def test_sigterm_saves_and_exits_143_and_the_run_resumes(tmp_path):
     assert steps == list(range(2048, step + 2049, 2048))
 
 
-def test_gif_of_the_first_evaluation_episode(tmp_path):
-    pytest.importorskip("pygame")
-    ppo.evaluate(lambda obs: np.zeros((len(obs), 1)), "Pendulum-v1", 1, seed=7, video_dir=str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["Pendulum-v1__ppo_continuous__s7.gif"]
+def test_evaluate_from_the_command_line_with_a_gif(tmp_path, monkeypatch, capsys):
+    args = Args(**SMALL, env_id="Chain-v0", total_timesteps=64, run_dir=str(tmp_path / "run"))
+    path = train(args)["checkpoint"]
+    monkeypatch.setattr(
+        sys, "argv", [str(SCRIPT), "--evaluate", path, "--seed", "9", "--video-dir", str(tmp_path / "v")]
+    )
+    assert ppo.main() == 0
+    assert json.loads((tmp_path / "run" / "eval.json").read_text()) == {
+        "deterministic": [3.0] * 10,
+        "sampled": [3.0] * 10,
+    }
+    (video,) = (tmp_path / "v").iterdir()
+    frames = imageio.v3.imread(video)
+    assert frames.shape == (2, 16, 16, 3)  # 50 steps/s make 25 frames/s: positions 0 and 2
+    assert "evaluation, sampled: 3.0 ± 0.0 over 10 episodes" in capsys.readouterr().out
+
+
+def test_a_video_that_can_not_be_made_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Chain, "render", lambda self: 1 / 0)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--env-id", "Chain-v0", "--video-dir", "videos"])
+    assert ppo.main() == 2
+    assert "--video-dir: Chain-v0 can't be rendered" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_signal_is_caught_though_nobody_reads_stderr(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    with ppo.stop_signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
