@@ -4,7 +4,8 @@
 
 Each run leaves benchmarks/results/mujoco/<script>__<task>__s<seed>.csv (step, mean return of the last 100 training
 episodes; about 100 rows) and a row in index.csv beside it (command, hash of the script, final scores, seconds). A run
-whose row is there is not done again (delete the row for that); a half-done one resumes from its checkpoint. Ends with the table of means.
+whose row is there is not done again (delete the row for that); a half-done one resumes from its checkpoint. Ends with
+the table of means.
 """
 
 import csv
