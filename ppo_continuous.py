@@ -33,9 +33,9 @@ Departures from the PPO paper, and the flags that give the paper back
     --no-recompute-advantages           advantages once per iteration instead of before each epoch
     --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
     --no-norm-obs --clip-obs inf        observations as they are
-    --no-norm-adv                       advantages as they are
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    --no-anneal-lr                      a constant learning rate
+    --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
+    --gae-lambda 0.95                   a longer trace
     --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
     --log-std-init 0                    σ starts at 1
     --action-map none                   actions not clipped and scaled to the environment's bounds
@@ -95,12 +95,12 @@ class Args:
     num_steps: int = 128  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
     num_minibatches: int = 32  # minibatches per epoch; the minibatch size M is N x T / this
-    learning_rate: float = 3e-4  # Adam's step size, for both networks
+    learning_rate: float = 2e-4  # Adam's step size, for both networks
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
-    norm_adv: bool = True  # standardize advantages over the batch
+    gae_lambda: float = 0.9  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
+    norm_adv: bool = False  # standardize advantages over the batch
     recompute_advantages: bool = True  # recompute advantages and value targets before each epoch
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # PPO eq. 7, 8, 8 with fixed β, 6
     clip_coef: float = 0.2  # ε of PPO eq. 7
@@ -114,7 +114,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
-    log_std_init: float = -0.5  # initial log σ of the policy, in the scale of its samples
+    log_std_init: float = -1.0  # initial log σ of the policy, in the scale of its samples
 
     @property
     def batch_size(self) -> int:
@@ -623,6 +623,7 @@ def evaluate(
         path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
         path.parent.mkdir(parents=True, exist_ok=True)
         imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
+        print(f"video {path}")
     return returns.tolist()
 
 
@@ -684,19 +685,16 @@ class Log:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
         script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
         config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        (self.run_dir / (f"config-{step}.json" if args.resume else "config.json")).write_text(
-            json.dumps(config, indent=1) + "\n"
-        )
+        path = self.run_dir / (f"config-{step}.json" if args.resume else "config.json")
+        path.write_text(json.dumps(config, indent=1) + "\n")
         path = self.run_dir / "progress.csv"
         header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
         kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
         self.file = path.open("w", buffering=1)  # a line at a time
         self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        total, why = (
-            args.num_iterations * args.batch_size,
-            "as asked" if args.device != "auto" else "auto: small networks",
-        )
+        total = args.num_iterations * args.batch_size
+        why = "as asked" if args.device != "auto" else "auto: faster for small networks"
         print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
         print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
         print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
@@ -799,9 +797,9 @@ def check_args(args: Args) -> None:
     if args.batch_size < 2:
         raise InputError("num_envs x num_steps must be 2 or more")
     if args.batch_size % args.num_minibatches:
-        raise InputError(
-            f"--num-minibatches {args.num_minibatches} must divide num_envs x num_steps = {args.batch_size}"
-        )
+        raise InputError(f"--num-minibatches must divide num_envs x num_steps = {args.batch_size}")
+    if args.total_timesteps < args.batch_size:
+        raise InputError(f"--total-timesteps is less than one batch, num_envs x num_steps = {args.batch_size}")
     if args.resume and Path(args.resume).name != "checkpoint.pt":
         raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
     if args.evaluate and not args.eval_episodes:
@@ -811,13 +809,7 @@ def check_args(args: Args) -> None:
             make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
         except Exception as error:  # every renderer raises types of its own
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            raise InputError(
-                f"--video-dir: {args.env_id} can't be rendered ({type(error).__name__}); {hint}"
-            ) from error
-    if args.total_timesteps < args.batch_size:
-        raise InputError(
-            f"--total-timesteps {args.total_timesteps} is less than num_envs x num_steps = {args.batch_size}"
-        )
+            raise InputError(f"--video-dir: can't render {args.env_id} ({type(error).__name__}); {hint}") from error
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
@@ -836,7 +828,7 @@ def parse_args() -> Args:
     if not (args.resume or args.evaluate):
         return args
     saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
-    episodes = saved.eval_episodes or Args.eval_episodes
+    episodes = saved.eval_episodes or (Args.eval_episodes if args.evaluate else 0)
     return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
 
 

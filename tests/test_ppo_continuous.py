@@ -427,7 +427,7 @@ def test_ppo_eq9_minibatch_gradient_is_that_of_the_objective(surrogate, clip_vlo
     total = objective - args.vf_coef * error.mean() + 0.1 * new.entropy().sum(-1).mean()
     expected = torch.autograd.grad(-total, [*policy.parameters(), *critic.parameters()])
     torch.testing.assert_close(grads, list(expected), rtol=1e-4, atol=1e-6)
-    assert figures[0].item() == pytest.approx(-objective.item(), abs=1e-6)
+    assert figures[0].item() == pytest.approx(-objective.item(), rel=1e-5, abs=1e-6)
     assert figures[3].item() == pytest.approx(kl.mean().item(), abs=1e-6)
 
 
@@ -478,7 +478,7 @@ def test_advantages_are_recomputed_only_if_asked(monkeypatch):
 
 
 def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
-    policy, critic, _, rollout, _, args = make_iteration()
+    policy, critic, _, rollout, _, args = make_iteration(norm_adv=True)
     with torch.no_grad():
         for param in critic.value_net[-1].parameters():
             param.zero_()
@@ -560,7 +560,7 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
         expected = (rollout.rewards / torch.cat(sums).std(correction=0)).clamp(-10, 10)
         torch.testing.assert_close(scaled.rewards, expected, rtol=1e-4, atol=1e-5)
 
-    assert [lr for _, _, _, lr, _, _ in updates] == pytest.approx([3e-4, 2e-4, 1e-4])
+    assert [lr for _, _, _, lr, _, _ in updates] == pytest.approx([args.learning_rate * x / 3 for x in (3, 2, 1)])
     assert [saved for *_, saved in updates] == [False, False, True]  # save_every is 2
     betas = [beta for _, beta, *_ in updates]
     assert betas[0] == 1.0
@@ -681,8 +681,8 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--env-id CartPole-v1", "acer_discrete.py"),
         ("--env-id NoSuchTask-v0", "NoSuchTask"),
         ("--env-id nomodule:Task-v0", "nomodule"),
-        ("--total-timesteps 2047", "less than num_envs x num_steps = 2048"),
-        ("--num-minibatches 3", "--num-minibatches 3 must divide"),
+        ("--total-timesteps 2047", "less than one batch, num_envs x num_steps = 2048"),
+        ("--num-minibatches 3", "--num-minibatches must divide"),
         ("--num-envs 1 --num-steps 1 --num-minibatches 1", "2 or more"),
         ("--gamma 1.1", "--gamma 1.1 must lie in [0, 1]"),
         ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
@@ -777,7 +777,7 @@ def test_a_video_that_can_not_be_made_is_refused_before_training(tmp_path, monke
     monkeypatch.setattr(Chain, "render", lambda self: 1 / 0)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--env-id", "Chain-v0", "--video-dir", "videos"])
     assert ppo.main() == 2
-    assert "--video-dir: Chain-v0 can't be rendered" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "--video-dir: can't render Chain-v0" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_signal_is_caught_though_nobody_reads_stderr(monkeypatch):
