@@ -14,6 +14,7 @@ Resume   python ppo_continuous.py --resume runs/<run>/checkpoint.pt
 Evaluate python ppo_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
 
 Equation map: equation -> function -> symbol
+    GAE eq. 16                     linear_recursion          Σ_l (γλ)^l δ_{t+l}
     GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
     PPO eq. 6, TRPO eq. 14         importance_surrogate      L^CPI
     PPO eq. 7                      clipped_surrogate         L^CLIP
@@ -129,25 +130,35 @@ class Args:
 # T steps per rollout · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
 
 
+def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
+    """y_t = x_t + d_t y_{t+1} with y_T = 0, the recursive form of GAE eq. 16. All (T, N).
+
+    Round k merges sums of 2^k terms in pairs, y_t ← y_t + d_t⋯d_{t+2^k-1} y_{t+2^k}: log₂ T operations instead of T.
+    """
+    assert x.shape == decay.shape
+    y, reach = x, 1
+    while reach < len(x):
+        y = torch.cat([y[:-reach] + decay[:-reach] * y[reach:], y[-reach:]])
+        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
+        reach *= 2
+    return y
+
+
 def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout (PPO eqs. 11-12). All (T, N).
 
         δ_t = r_t + γ V(s_{t+1}) - V(s_t)
-        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        (PPO eq. 11 misprints the last exponent: T-t+1)
+        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1} = δ_t + γλ Â_{t+1}
 
-    `next_values[t]` is V of the state that action t led to: at an episode end, of the final observation. A termination
-    removes that V, a truncation keeps it (Pardo eq. 6); both (`done`) end the sum.
+    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action t led to: at an
+    episode end, of the final observation. A termination removes that V, a truncation keeps it (Pardo eq. 6); both
+    (`done`) end the sum.
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
     delta = rewards + gamma * next_values * ~terminated - values  # (T, N)
-    decay = gamma * lam * (~done).to(delta.dtype)  # (T, N)
-    tail, adv = torch.zeros_like(delta[0]), []  # (N,)  Â_{t+1}
-    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
-        tail = delta_t + decay_t * tail
-        adv.append(tail)
-    return torch.stack(adv[::-1])  # (T, N)
+    return linear_recursion(delta, gamma * lam * (~done).to(delta.dtype))
 
 
 def importance_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
@@ -221,18 +232,17 @@ def discounted_sums(rewards: Tensor, done: Tensor, start: Tensor, gamma: float) 
 
     `start` (N,) is γ R_{-1}, what the rollout before left; the second result is what this one leaves.
     """
-    sums = []
-    for reward, end in zip(rewards.unbind(), done.unbind(), strict=True):
-        sums.append(start + reward)
-        start = gamma * sums[-1] * ~end
-    return torch.stack(sums), start
+    decay = gamma * (~done).to(rewards.dtype)  # (T, N)  decay[t] leads from R_t to R_{t+1}
+    first = torch.cat([rewards[:1] + start, rewards[1:]])
+    sums = linear_recursion(first.flip(0), decay.roll(1, 0).flip(0)).flip(0)  # the recursion runs forward in time
+    return sums, decay[-1] * sums[-1]
 
 
-def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[list[Tensor], Tensor]:
-    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂), ‖g‖₂ over all tensors together; also gives ‖g‖₂."""
-    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return [g * scale for g in grads], norm
+def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂) for g, all the tensors as one flat vector; and ‖g‖₂."""
+    flat = torch.cat([g.flatten() for g in grads])
+    norm = flat.norm()
+    return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -245,6 +255,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("inverse_std", torch.ones(shape))
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, rows: Tensor) -> None:  # (B, *shape)
@@ -253,6 +264,7 @@ class RunningMeanStd(nn.Module):
         share, delta = len(rows) / self.count, mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var + (1 - share) * delta.square())
+        self.inverse_std.copy_((self.var + 1e-8).rsqrt())
 
 
 def mlp(sizes: tuple[int, ...], args: Args, last_gain: float) -> nn.Sequential:
@@ -288,7 +300,7 @@ class Policy(nn.Module):
     def normalize(self, obs: Tensor) -> Tensor:
         """Raw observations (…, O) -> what both networks see (…, O) (Engstrom section 3, items 6 and 7)."""
         if self.norm_obs:
-            obs = (obs - self.obs_stats.mean) * (self.obs_stats.var + 1e-8).rsqrt()
+            obs = (obs - self.obs_stats.mean) * self.obs_stats.inverse_std
         return obs.clamp(-self.clip_obs, self.clip_obs)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -297,8 +309,8 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, noise: Tensor | float = 0.0) -> tuple[Tensor, np.ndarray]:
-        """Raw observations (N, O), standard normal noise (N, A) -> sample μ + σ·noise, the env's action (N, A)."""
-        actions = self(torch.from_numpy(obs).to(self.log_std.device)) + self.log_std.exp() * noise
+        """Raw observations (N, O), noise of std σ (N, A) -> sample μ + noise, its action for the environment (N, A)."""
+        actions = self(torch.from_numpy(obs).to(self.log_std.device)) + noise
         return actions, (actions.clamp(self.low, self.high) * self.scale + self.shift).cpu().numpy()
 
 
@@ -312,6 +324,13 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.value_net(obs).squeeze(-1)
+
+
+def flatten_parameters(params: list[nn.Parameter]) -> nn.Parameter:
+    """One vector of which all `params` become views, so that the optimizer updates a single tensor."""
+    vector = nn.utils.parameters_to_vector(params).detach()
+    nn.utils.vector_to_parameters(vector, params)
+    return nn.Parameter(vector)
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
@@ -343,7 +362,8 @@ class Envs:
         for i, env in enumerate(self.envs):
             next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
         self.obs = next_obs.copy()
-        self.sums += rewards, np.ones_like(rewards)
+        self.sums[0] += rewards
+        self.sums[1] += 1
         for i in np.flatnonzero(terminated | truncated):
             self.ended.append(tuple(self.sums[:, i].tolist()))
             self.sums[:, i] = 0
@@ -387,15 +407,16 @@ class Rollout(NamedTuple):
 
 def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
     """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
-    noise = torch.randn(num_steps, len(envs.envs), len(policy.log_std), generator=rng)  # (T, N, A)
+    device, std = policy.log_std.device, policy.log_std.detach().exp()
+    noise = torch.randn(num_steps, len(envs.envs), len(std), generator=rng).to(device) * std  # (T, N, A)
     steps, obs = [], envs.obs
-    for noise_t in noise.to(policy.log_std.device):
+    for noise_t in noise:
         actions, env_actions = policy.act(obs, noise_t)
         next_obs, rewards, terminated, truncated, later_obs = envs.step(env_actions)
         done = terminated | truncated
         steps.append((obs, next_obs, actions.cpu().numpy(), rewards.astype(np.float32), terminated, done))
         obs = later_obs
-    return Rollout(*(torch.from_numpy(np.stack(x)).to(policy.log_std.device) for x in zip(*steps, strict=True)))
+    return Rollout(*(torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True)))
 
 
 def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
@@ -403,7 +424,7 @@ def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, 
     if args.norm_reward:
         sums, start = discounted_sums(rewards, done, start, args.gamma)
         critic.return_stats.update(sums.flatten())
-        rewards = rewards * (critic.return_stats.var + 1e-8).rsqrt()
+        rewards = rewards * critic.return_stats.inverse_std
     return rewards.clamp(-args.clip_reward, args.clip_reward), start
 
 
@@ -439,8 +460,8 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "poli
 
 def minibatch_gradient(
     policy: Policy, critic: Critic, mb: Minibatch, log_std_old: Tensor, beta: Tensor, args: Args
-) -> tuple[list[Tensor], Tensor]:
-    """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, for policy then critic; the figures of LOSSES."""
+) -> tuple[Tensor, Tensor]:
+    """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, as one vector, policy first; the figures of LOSSES."""
     mean, values = policy(mb.obs), critic(policy.normalize(mb.obs))  # (M, A), (M,)
     logp = gaussian_logp(mean, policy.log_std, mb.actions)  # (M,)
     kl = gaussian_kl(mb.mean_old, log_std_old, mean, policy.log_std)  # (M,)
@@ -459,11 +480,11 @@ def minibatch_gradient(
 
     policy_params, value_params = list(policy.parameters()), list(critic.parameters())
     grads = torch.autograd.grad(loss, policy_params + value_params)
-    policy_grads, policy_norm = clip_global_norm(grads[: len(policy_params)], args.max_grad_norm)
-    value_grads, value_norm = clip_global_norm(grads[len(policy_params) :], args.max_grad_norm)
+    policy_grad, policy_norm = clip_global_norm(grads[: len(policy_params)], args.max_grad_norm)
+    value_grad, value_norm = clip_global_norm(grads[len(policy_params) :], args.max_grad_norm)
     clipfrac = ((logp - mb.logp_old).exp() - 1).abs().gt(args.clip_coef).float().mean()
     figures = torch.stack([-objective, value_error, entropy, kl.mean(), clipfrac, policy_norm, value_norm])
-    return policy_grads + value_grads, figures.detach()
+    return torch.cat([policy_grad, value_grad]), figures.detach()
 
 
 def update(
@@ -472,9 +493,10 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """K epochs of minibatches over one batch (PPO Algorithm 1); `gradient` is minibatch_gradient, compiled or not.
 
-    -> means over all minibatches; "kl" is the mean KL(old‖new) of the whole update.
+    `optimizer` holds the networks' flattened parameters. -> means over all minibatches; "kl" is the mean KL(old‖new) of
+    the whole update.
     """
-    params = [*policy.parameters(), *critic.parameters()]
+    (weights,) = optimizer.param_groups[0]["params"]
     with torch.no_grad():
         mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)
         logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)  # (T, N)
@@ -489,9 +511,7 @@ def update(
         minibatches = zip(*(x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch), strict=True)
         total = torch.zeros(len(LOSSES), device=adv.device)
         for mb in minibatches:
-            grads, figures = gradient(policy, critic, Minibatch(*mb), log_std_old, penalty, args)
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
+            weights.grad, figures = gradient(policy, critic, Minibatch(*mb), log_std_old, penalty, args)
             optimizer.step()
             total += figures
         epochs.append(total / args.num_minibatches)
@@ -521,8 +541,8 @@ def train(args: Args) -> dict:
     envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
     policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
     critic = Critic(envs.obs.shape[1], args).to(device)
-    params = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    weights = flatten_parameters([*policy.parameters(), *critic.parameters()])
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     modules = {"policy": policy, "critic": critic, "optimizer": optimizer}
     for name, module in modules.items() if saved else ():
         module.load_state_dict(saved[name])
@@ -531,7 +551,7 @@ def train(args: Args) -> dict:
     episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
     reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
     total_steps = args.num_iterations * args.batch_size
-    with Log(args, device, step, sum(p.numel() for p in params)) as log:
+    with Log(args, device, step, weights.numel()) as log:
 
         def checkpoint() -> str:
             state = {"step": step, "beta": beta, "episodes": list(episodes), "env_rng_states": envs.rng_states}
@@ -554,7 +574,7 @@ def train(args: Args) -> dict:
                 rollout = rollout._replace(rewards=rewards)
                 stats = update(policy, critic, optimizer, gradient, rollout, beta, rng, args)
                 losses = torch.tensor([stats[name] for name in LOSSES])
-                check_finite(step, losses=losses, parameters=nn.utils.parameters_to_vector(params))
+                check_finite(step, losses=losses, parameters=weights)
                 if args.surrogate == "kl-adaptive":
                     beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
                 policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
@@ -630,10 +650,10 @@ def evaluate(
 def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list[float]]:
     """Returns of the policy with frozen statistics, deterministic and sampled; also written to eval.json."""
     rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
+    std = policy.log_std.detach().exp()
 
     def sample(obs: np.ndarray) -> np.ndarray:
-        noise = torch.randn(len(obs), len(policy.log_std), generator=rng)
-        return policy.act(obs, noise.to(policy.log_std.device))[1]
+        return policy.act(obs, torch.randn(len(obs), len(std), generator=rng).to(std.device) * std)[1]
 
     deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
     evaluation = {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
