@@ -31,7 +31,6 @@ Equation map: equation -> function -> symbol
     PPO Algorithm 1                train                     N actors x T steps, K epochs of minibatches
 Departures from the PPO paper, and the flags that give the paper back
     --num-envs 1 --num-steps 2048       one long rollout instead of several short ones
-    --no-stagger-resets                 first episodes as long as the others
     --no-recompute-advantages           advantages once per iteration instead of before each epoch
     --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
     --no-norm-obs --clip-obs inf        observations as they are
@@ -88,7 +87,6 @@ class Args:
     # environment
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
     num_envs: int = 16  # N, environments stepped in turn
-    stagger_resets: bool = True  # cut first episodes short, or time limits end those of all environments together
     action_map: Literal["rescale", "clip", "none"] = "rescale"  # clip to ±1, scale to bounds; clip to bounds; as it is
     norm_obs: bool = True  # normalize observations by their running mean and std
     clip_obs: float = 10.0  # clip (normalized) observations to ± this; inf = off
@@ -342,13 +340,11 @@ class Envs:
     """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
 
     `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
-    random state before the reset that began its current episode: resuming from it replays that reset. With `stagger`,
-    environment i's first episode is cut, as by a time limit, after i/N of `stagger` steps, and not counted in `ended`.
+    random state before the reset that began its current episode: resuming from it replays that reset.
     """
 
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None, stagger: int = 0):
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
         self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
-        self.first_length = np.arange(len(envs)) * stagger // len(envs)  # (N,)  0 = not cut
         for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
             env.reset(seed=env_seed)
         self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
@@ -368,24 +364,16 @@ class Envs:
         self.obs = next_obs.copy()
         self.sums[0] += rewards
         self.sums[1] += 1
-        cut = self.sums[1] == self.first_length  # (N,)
-        truncated |= cut
         for i in np.flatnonzero(terminated | truncated):
-            if not cut[i]:
-                self.ended.append(tuple(self.sums[:, i].tolist()))
-            self.sums[:, i] = self.first_length[i] = 0
+            self.ended.append(tuple(self.sums[:, i].tolist()))
+            self.sums[:, i] = 0
             self.rng_states[i] = self.envs[i].np_random.bit_generator.state
             self.obs[i], _ = self.envs[i].reset()
         return next_obs, rewards, terminated, truncated, self.obs
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, num_steps: int = 0, **kwargs
-) -> Envs:
-    """`num_envs` environments with flat Box observations and actions; raises InputError for any other.
-
-    Their resets are staggered if rollouts of `num_steps` are shorter than the time limit.
-    """
+def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, **kwargs) -> Envs:
+    """`num_envs` environments with flat Box observations and actions; raises InputError for any other."""
     with suppress(ImportError):  # MuJoCo would repeat this warning for each environment and log it to ./MUJOCO_LOG.TXT
         import mujoco
 
@@ -400,8 +388,7 @@ def make_envs(
     ):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
-    limit = envs[0].spec.max_episode_steps or 0
-    return Envs(envs, seed, rng_states, stagger=limit if 0 < num_steps < limit else 0)
+    return Envs(envs, seed, rng_states)
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -551,8 +538,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(1)  # more do not help networks this small
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
-    rollout_steps = args.num_steps if args.stagger_resets else 0
-    envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"), rollout_steps)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
     policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
     critic = Critic(envs.obs.shape[1], args).to(device)
     weights = flatten_parameters([*policy.parameters(), *critic.parameters()])

@@ -345,24 +345,6 @@ def test_step_gives_the_true_successor_and_the_observation_to_act_on():
     assert seen == [(0, 1), (1, 2), (2, 3), (0, 1)] and envs.obs == 1.0
 
 
-def test_staggered_resets_spread_episode_ends_and_are_not_counted():
-    gym.register("LongChain-v0", Chain, kwargs={"finite": False}, max_episode_steps=12)
-    envs = ppo.make_envs("LongChain-v0", 4, seed=0, num_steps=4)
-    outcomes = [envs.step(np.zeros((4, 1))) for _ in range(36)]
-    truncated = np.stack([x[3] for x in outcomes])
-    assert [np.flatnonzero(truncated[:, i]).tolist() for i in range(4)] == [
-        [11, 23, 35],
-        [2, 14, 26],
-        [5, 17, 29],
-        [8, 20, 32],
-    ]
-    assert np.stack([x[0] for x in outcomes])[2, 1] == 3  # the cut keeps its final observation …
-    assert np.stack([x[4] for x in outcomes])[2, 1] == 0  # … and is a reset
-    assert envs.ended == [(12.0, 12.0)] * 9
-    for num_steps in (0, 12):  # evaluation; rollouts as long as episodes
-        assert not ppo.make_envs("LongChain-v0", 4, seed=0, num_steps=num_steps).first_length.any()
-
-
 def test_seeds_do_not_share_environment_streams():
     first, second = (ppo.make_envs("Pendulum-v1", 4, seed).obs for seed in (1, 2))
     assert len(np.unique(np.concatenate([first, second])[:, 0])) == 8
