@@ -43,6 +43,20 @@ def index() -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
+def table(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)) -> str:
+    """Markdown table of the means over seeds in index.csv, with the single values."""
+    lines = ["| task | last 100 training episodes | deterministic evaluation |", "|---|---|---|"]
+    for task in tasks:
+        rows = [row for row in index() if row["task"] == task and int(row["seed"]) in seeds]
+        cells = []
+        for column in ("last100", "deterministic"):
+            values = [float(row[column]) for row in rows]
+            digits = 0 if abs(statistics.mean(values)) >= 100 else 2
+            cells.append(f"{statistics.mean(values):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def run(task: str, seed: int, folder: Path) -> dict[str, str]:
     """Train one run to its end; -> its row of index.csv. Raises RuntimeError with the last line of a failed run."""
     run_dir = folder / f"{SCRIPT}__{task}__s{seed}"
@@ -88,14 +102,7 @@ def main(args: Args) -> None:
             with (RESULTS / "index.csv").open("a") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writerows(([dict(zip(COLUMNS, COLUMNS, strict=True))] if new else []) + [row])
-    print("| task | last 100 training episodes | deterministic evaluation | runs |\n|---|---|---|---|")
-    for task in args.tasks:
-        rows = [row for row in index() if row["task"] == task and int(row["seed"]) in args.seeds]
-        cells = []
-        for column in ("last100", "deterministic"):
-            values = [float(row[column]) for row in rows]
-            cells.append(f"{statistics.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})")
-        print(f"| {task} | {cells[0]} | {cells[1]} | {len(rows)} |")
+    print(table(args.tasks, args.seeds))
 
 
 if __name__ == "__main__":
