@@ -77,12 +77,12 @@ class Args:
     seed: int = 1  # seed of everything random: initialization, action noise, minibatch order, environments
     total_timesteps: int = 1_000_000  # environment steps, rounded down to whole iterations (1_000_000, not 1e6)
     run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
-    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given here win
+    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given win, or are refused
     evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
     eval_episodes: int = 10  # episodes of the evaluation at the end, deterministic and sampled each; 0 = none
     video_dir: str | None = None  # folder for a GIF of the first evaluation episode
     save_every: int = 25  # iterations between checkpoints; one is always written at the end
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, the faster one for networks this small
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, since the networks are small
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the gradient; auto = from 250,000 steps on
     # environment
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
@@ -409,14 +409,15 @@ def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) ->
     """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
     device, std = policy.log_std.device, policy.log_std.detach().exp()
     noise = torch.randn(num_steps, len(envs.envs), len(std), generator=rng).to(device) * std  # (T, N, A)
-    steps, obs = [], envs.obs
+    steps, samples, obs = [], [], envs.obs
     for noise_t in noise:
         actions, env_actions = policy.act(obs, noise_t)
         next_obs, rewards, terminated, truncated, later_obs = envs.step(env_actions)
-        done = terminated | truncated
-        steps.append((obs, next_obs, actions.cpu().numpy(), rewards.astype(np.float32), terminated, done))
+        steps.append((obs, next_obs, rewards.astype(np.float32), terminated, terminated | truncated))
+        samples.append(actions)
         obs = later_obs
-    return Rollout(*(torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True)))
+    obs, next_obs, *rest = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True))
+    return Rollout(obs, next_obs, torch.stack(samples), *rest)
 
 
 def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
@@ -531,7 +532,8 @@ def train(args: Args) -> dict:
 
     Returns steps, episodic_return (mean of the last 100 training episodes), eval_return (mean of the deterministic
     evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's thread count and seed for the
-    process. Raises InputError for bad input, FloatingPointError for NaN or infinity.
+    process. Raises InputError for bad input, FloatingPointError for NaN or infinity. With `args.resume`, weights and
+    progress come from the checkpoint, all else from `args`: start from `Args(**load_checkpoint(path)["args"])`.
     """
     check_args(args)
     device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
@@ -560,7 +562,7 @@ def train(args: Args) -> dict:
 
         gradient = compile_or_eager(minibatch_gradient, args, device)
         with stop_signals() as signals:
-            while step < total_steps and not signals:
+            while step + args.batch_size <= args.total_timesteps and not signals:
                 lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
                 for group in optimizer.param_groups:
                     group.update(lr=lr, eps=args.adam_eps)
@@ -587,7 +589,8 @@ def train(args: Args) -> dict:
         log.bar.close()
         evaluation = {}
         if args.eval_episodes and not signals:
-            evaluation = evaluate_policy(policy, args, log.run_dir)
+            evaluation = evaluate_policy(policy, args)
+            (log.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
             log.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
     result = {"steps": step, "episodic_return": float(np.mean([x for x, _ in episodes])) if episodes else math.nan}
     result["eval_return"] = float(np.mean(evaluation["deterministic"])) if evaluation else None
@@ -647,8 +650,8 @@ def evaluate(
     return returns.tolist()
 
 
-def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list[float]]:
-    """Returns of the policy with frozen statistics, deterministic and sampled; also written to eval.json."""
+def evaluate_policy(policy: Policy, args: Args) -> dict[str, list[float]]:
+    """Returns of the policy with frozen statistics, deterministic and sampled."""
     rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
     std = policy.log_std.detach().exp()
 
@@ -656,9 +659,7 @@ def evaluate_policy(policy: Policy, args: Args, run_dir: Path) -> dict[str, list
         return policy.act(obs, torch.randn(len(obs), len(std), generator=rng).to(std.device) * std)[1]
 
     deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
-    evaluation = {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
-    (run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-    return evaluation
+    return {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
 
 
 def print_evaluation(evaluation: dict[str, list[float]]) -> None:
@@ -714,7 +715,7 @@ class Log:
         self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         total = args.num_iterations * args.batch_size
-        why = "as asked" if args.device != "auto" else "auto: faster for small networks"
+        why = "as asked" if args.device != "auto" else "auto: the networks are small"
         print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
         print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
         print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
@@ -827,6 +828,8 @@ def check_args(args: Args) -> None:
     if args.video_dir:
         try:
             make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
+        except InputError:
+            raise
         except Exception as error:  # every renderer raises types of its own
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
             raise InputError(f"--video-dir: can't render {args.env_id} ({type(error).__name__}); {hint}") from error
@@ -868,13 +871,13 @@ def main() -> int:
             policy.load_state_dict(saved["policy"])
         except RuntimeError as error:
             raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
-        print_evaluation(evaluate_policy(policy, args, Path(args.evaluate).parent))
+        print_evaluation(evaluate_policy(policy, args))
         return 0
     except InputError as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}; the last checkpoint stays", file=sys.stderr)
+        print(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

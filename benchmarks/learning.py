@@ -4,8 +4,8 @@
 
 Each run leaves benchmarks/results/mujoco/<script>__<task>__s<seed>.csv (step, mean return of the last 100 training
 episodes; about 100 rows) and a row in index.csv beside it (command, hash of the script, final scores, seconds). A run
-whose row is there is not done again (delete the row for that); a half-done one resumes from its checkpoint. Ends with
-the table of means.
+whose row is there is not done again (delete the row for that); a half-done one starts anew. Ends with the table of
+means.
 """
 
 import csv
@@ -48,6 +48,8 @@ def table(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)) ->
     lines = ["| task | last 100 training episodes | deterministic evaluation |", "|---|---|---|"]
     for task in tasks:
         rows = [row for row in index() if row["task"] == task and int(row["seed"]) in seeds]
+        if not rows:
+            continue
         cells = []
         for column in ("last100", "deterministic"):
             values = [float(row[column]) for row in rows]
@@ -60,13 +62,10 @@ def table(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)) ->
 def run(task: str, seed: int, folder: Path) -> dict[str, str]:
     """Train one run to its end; -> its row of index.csv. Raises RuntimeError with the last line of a failed run."""
     run_dir = folder / f"{SCRIPT}__{task}__s{seed}"
-    if not (run_dir / "checkpoint.pt").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)  # killed before it had anything to go on from
+    shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed
     command = ["python", f"{SCRIPT}.py", "--env-id", task, "--seed", str(seed)]
-    more = ["--resume", str(run_dir / "checkpoint.pt")] if (run_dir / "checkpoint.pt").exists() else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, *command[1:], *(more or ["--run-dir", str(run_dir)])]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    line = [sys.executable, *command[1:], "--run-dir", str(run_dir)]
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} seed {seed} failed: {(done.stderr or done.stdout).splitlines()[-1]}")
     rows = list(csv.DictReader((run_dir / "progress.csv").open()))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -511,15 +512,31 @@ def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
     assert adv.mean().abs() < 1e-5 and adv.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_compiled_gradient_equals_eager(capsys):
+def compare_compiled_with_eager(device, capsys):
+    """Gradients of the compiled function over some optimizer steps, beside those of the eager one."""
     policy, critic, _, rollout, _, args = make_iteration(compile="on")
-    mb, beta = make_minibatch(policy, critic, rollout), torch.tensor(1.0)
-    compiled = ppo.compile_or_eager(ppo.minibatch_gradient, args, torch.device("cpu"))
-    grads, figures = compiled(policy, critic, mb, policy.log_std.detach(), beta, args)
+    mb = ppo.Minibatch(*(x.to(device) for x in make_minibatch(policy, critic, rollout)))
+    policy, critic, beta = policy.to(device), critic.to(device), torch.tensor(1.0, device=device)
+    weights = ppo.flatten_parameters([*policy.parameters(), *critic.parameters()])
+    optimizer, log_std_old = torch.optim.Adam([weights], lr=1e-2), policy.log_std.detach().clone()
+    compiled = ppo.compile_or_eager(ppo.minibatch_gradient, args, device)
+    for chunk in zip(*(x.chunk(4) for x in mb), strict=True):
+        inputs = (policy, critic, ppo.Minibatch(*chunk), log_std_old, beta, args)
+        expected, expected_figures = ppo.minibatch_gradient(*inputs)
+        weights.grad, figures = compiled(*inputs)
+        torch.testing.assert_close(weights.grad, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-5)
+        optimizer.step()
     assert compiled is not ppo.minibatch_gradient and "not compiled" not in capsys.readouterr().out
-    expected, expected_figures = ppo.minibatch_gradient(policy, critic, mb, policy.log_std.detach(), beta, args)
-    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_gradient_equals_eager(capsys):
+    compare_compiled_with_eager(torch.device("cpu"), capsys)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_gradient_equals_eager_on_cuda(capsys):
+    compare_compiled_with_eager(torch.device("cuda"), capsys)
 
 
 def test_without_a_compiler_it_goes_on_uncompiled(monkeypatch, capsys):
@@ -662,10 +679,11 @@ def test_checkpoint_round_trip_and_frozen_statistics(tmp_path, monkeypatch):
     np.testing.assert_allclose(policy.act(obs)[1], trained[0].act(obs)[1], rtol=1e-5)
     before = {k: v.clone() for k, v in policy.state_dict().items()}
     assert before["obs_stats.count"] == 256
-    evaluation = original(policy, Args(**saved["args"]), tmp_path)
+    evaluation = original(policy, Args(**saved["args"]))
     assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
     assert np.mean(evaluation["deterministic"]) == pytest.approx(result["eval_return"], rel=1e-3)
-    assert json.loads((tmp_path / "eval.json").read_text()) == evaluation
+    written = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert np.mean(written["deterministic"]) == result["eval_return"] and len(written["sampled"]) == 2
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -736,6 +754,7 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
         ("--seed -1", "--seed -1 must not be negative"),
         ("--device nothing", "--device nothing"),
+        ("--env-id CartPole-v1 --video-dir videos", "acer_discrete.py"),
         ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
         ("--evaluate nothing.pt", "nothing.pt is not a readable checkpoint"),
         ("--resume {garbage}", "is not a readable checkpoint"),
@@ -787,6 +806,7 @@ def test_sigterm_saves_and_exits_143_and_the_run_resumes(tmp_path):
     progress = tmp_path / "run" / "progress.csv"
     while not (progress.exists() and len(progress.read_text().splitlines()) > 2):
         assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
@@ -805,14 +825,11 @@ def test_evaluate_from_the_command_line_with_a_gif(tmp_path, monkeypatch, capsys
         sys, "argv", [str(SCRIPT), "--evaluate", path, "--seed", "9", "--video-dir", str(tmp_path / "v")]
     )
     assert ppo.main() == 0
-    assert json.loads((tmp_path / "run" / "eval.json").read_text()) == {
-        "deterministic": [3.0] * 10,
-        "sampled": [3.0] * 10,
-    }
     (video,) = (tmp_path / "v").iterdir()
     frames = imageio.v3.imread(video)
     assert frames.shape == (2, 16, 16, 3)  # 50 steps/s make 25 frames/s: positions 0 and 2
-    assert "evaluation, sampled: 3.0 ± 0.0 over 10 episodes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "deterministic: 3.0 ± 0.0 over 10 episodes" in out and "sampled: 3.0 ± 0.0 over 10 episodes" in out
 
 
 def test_a_video_that_can_not_be_made_is_refused_before_training(tmp_path, monkeypatch, capsys):
@@ -845,7 +862,7 @@ def test_trains_on_cuda(tmp_path, compiled):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_learns_inverted_pendulum(tmp_path, seed):
     args = Args(
-        env_id="InvertedPendulum-v5", total_timesteps=100_000, seed=seed, compile="on", run_dir=str(tmp_path / "run")
+        env_id="InvertedPendulum-v5", total_timesteps=100_000, seed=seed, compile="off", run_dir=str(tmp_path / "run")
     )
     result = train(args)
     assert result["eval_return"] >= 900
