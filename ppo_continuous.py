@@ -7,7 +7,7 @@
 
 Papers   PPO       Schulman et al. 2017, arXiv:1707.06347v2       GAE   Schulman et al. 2016, arXiv:1506.02438v6
          Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1       TRPO  Schulman et al. 2015, arXiv:1502.05477v5
-         Pardo     Pardo et al. 2018, arXiv:1712.00378v4
+         Pardo     Pardo et al. 2018, arXiv:1712.00378v4               Kingma  Kingma & Ba 2015, arXiv:1412.6980v9
 Install  pip install --requirements-from-script ppo_continuous.py       (pip 26 or later; or `uv run` the file)
 Run      python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
 Resume   python ppo_continuous.py --resume runs/<run>/checkpoint.pt
@@ -28,6 +28,7 @@ Equation map: equation -> function -> symbol
     Engstrom section 3, item 2     discounted_sums           R_t, whose std scales the rewards
     Engstrom section 3, item 9     clip_global_norm          gradient clipping
     PPO eq. 9                      minibatch_gradient        L^CLIP - c1 L^VF + c2 S
+    Kingma Algorithm 1             Adam                      θ, m̂, v̂
     PPO Algorithm 1                train                     N actors x T steps, K epochs of minibatches
 Departures from the PPO paper, and the flags that give the paper back
     --num-envs 1 --num-steps 2048       one long rollout instead of several short ones
@@ -38,7 +39,7 @@ Departures from the PPO paper, and the flags that give the paper back
     --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
     --gae-lambda 0.95                   a longer trace
     --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
-    --log-std-init 0                    σ starts at 1
+    --log-std-init 0 --log-std-final None  σ starts at 1 and is learned, instead of annealed (as PPO Table 4 does)
     --action-map none                   actions not clipped and scaled to the environment's bounds
     (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
 
@@ -115,7 +116,8 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
-    log_std_init: float = -1.0  # initial log σ of the policy, in the scale of its samples
+    log_std_init: float = -0.7  # log σ of the policy at the start, in the scale of its samples
+    log_std_final: float | None = -2.5  # log σ at the end of a linear anneal; None = σ is learned
 
     @property
     def batch_size(self) -> int:
@@ -267,27 +269,46 @@ class RunningMeanStd(nn.Module):
         self.inverse_std.copy_((self.var + 1e-8).rsqrt())
 
 
-def mlp(sizes: tuple[int, ...], args: Args, last_gain: float) -> nn.Sequential:
+def fast_tanh(x: Tensor) -> Tensor:
+    """tanh x = 2 σ(2x) - 1, for large x computed so: on a CPU it takes PyTorch a quarter of the time of its tanh."""
+    return torch.tanh(x) if x.numel() < 4096 else 2 * torch.sigmoid(2 * x) - 1
+
+
+class MLP(nn.Module):
     """Fully connected network with these layer sizes and a linear output (Engstrom section 3, items 3 and 8)."""
-    layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        linear, last = nn.Linear(fan_in, fan_out), i == len(sizes) - 2
-        if args.orthogonal_init:
-            nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
-            nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh() if args.activation == "tanh" else nn.ReLU()]
-    return nn.Sequential(*layers)
+
+    def __init__(self, sizes: tuple[int, ...], args: Args, last_gain: float):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.weights = [(layer.weight, layer.bias) for layer in self.layers]  # modules look up attributes slowly
+        self.activation = fast_tanh if args.activation == "tanh" else torch.relu
+        for layer in self.layers if args.orthogonal_init else ():
+            nn.init.orthogonal_(layer.weight, last_gain if layer is self.layers[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.weights
+        for weight, bias in hidden:
+            x = self.activation(nn.functional.linear(x, weight, bias))
+        return nn.functional.linear(x, *last)
 
 
 class Policy(nn.Module):
-    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is a parameter, not a function of s (PPO section 6.1)."""
+    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is not a function of s (PPO section 6.1).
+
+    log σ is a parameter, or a buffer that `train` anneals (PPO Table 4).
+    """
 
     def __init__(self, obs_dim: int, action_space: gym.spaces.Box, args: Args):
         super().__init__()
         self.norm_obs, self.clip_obs, (action_dim,) = args.norm_obs, args.clip_obs, action_space.shape
         self.obs_stats = RunningMeanStd(obs_dim)
-        self.mean_net = mlp((obs_dim, *args.hidden_sizes, action_dim), args, last_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), args.log_std_init))
+        self.mean_net = MLP((obs_dim, *args.hidden_sizes, action_dim), args, last_gain=0.01)
+        log_std = torch.full((action_dim,), args.log_std_init)
+        if args.log_std_final is None:
+            self.log_std = nn.Parameter(log_std)
+        else:
+            self.register_buffer("log_std", log_std)
         low, high = torch.tensor(np.array([action_space.low, action_space.high]), dtype=torch.float32)  # (A,) each
         if args.action_map == "none":
             low, high = torch.full_like(low, -math.inf), torch.full_like(high, math.inf)
@@ -320,17 +341,38 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         self.return_stats = RunningMeanStd()
-        self.value_net = mlp((obs_dim, *args.hidden_sizes, 1), args, last_gain=1.0)
+        self.value_net = MLP((obs_dim, *args.hidden_sizes, 1), args, last_gain=1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.value_net(obs).squeeze(-1)
 
 
-def flatten_parameters(params: list[nn.Parameter]) -> nn.Parameter:
-    """One vector of which all `params` become views, so that the optimizer updates a single tensor."""
-    vector = nn.utils.parameters_to_vector(params).detach()
-    nn.utils.vector_to_parameters(vector, params)
-    return nn.Parameter(vector)
+class Adam(nn.Module):
+    """Kingma Algorithm 1 for P weights in all, its state in buffers.
+
+    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the gradient.
+    """
+
+    def __init__(self, num_weights: int, lr: float, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("lr", torch.tensor(lr))  # α
+        self.register_buffer("t", torch.tensor(0.0))
+        self.register_buffer("m", torch.zeros(num_weights))
+        self.register_buffer("v", torch.zeros(num_weights))
+
+    @torch.no_grad()
+    def step(self, params: list[Tensor], grad: Tensor) -> None:
+        """m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  θ ← θ - α m̂ / (√v̂ + ε). `grad` (P,) is that of all `params`."""
+        beta1, beta2 = 0.9, 0.999
+        self.t += 1
+        self.m.lerp_(grad, 1 - beta1)
+        self.v.lerp_(grad.square(), 1 - beta2)
+        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))  # m / (1 - β₁ᵗ)
+        v_hat = self.v / -torch.expm1(self.t * math.log(beta2))
+        change = self.lr * m_hat / (v_hat.sqrt() + self.eps)
+        for param, part in zip(params, change.split([param.numel() for param in params]), strict=True):
+            param -= part.view_as(param)
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
@@ -382,12 +424,7 @@ def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | No
         envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    for space, hint in (
-        (envs[0].action_space, "for discrete actions use acer_discrete.py"),
-        (envs[0].observation_space, "for images use ppo_atari.py, else the wrapper FlattenObservation"),
-    ):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
+    check_spaces(envs[0], env_id)
     return Envs(envs, seed, rng_states)
 
 
@@ -433,7 +470,8 @@ def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, 
 def advantages(policy: Policy, critic: Critic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages, value targets Â + V (GAE footnote 2) and values V under the critic as it is, each (T, N)."""
     values = critic(policy.normalize(rollout.obs))  # (T, N)
-    next_values = critic(policy.normalize(rollout.next_obs))  # (T, N)
+    next_values = torch.cat([values[1:], critic(policy.normalize(rollout.next_obs[-1:]))])  # (T, N)
+    next_values[rollout.done] = critic(policy.normalize(rollout.next_obs[rollout.done]))  # of the final observations
     adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, args.gamma, args.gae_lambda)
     returns = adv + values
     if args.norm_adv:
@@ -488,16 +526,23 @@ def minibatch_gradient(
     return torch.cat([policy_grad, value_grad]), figures.detach()
 
 
-def update(
-    policy: Policy, critic: Critic, optimizer: torch.optim.Optimizer, gradient: Callable, rollout: Rollout,
-    beta: float, rng: torch.Generator, args: Args,
-) -> dict[str, float]:  # fmt: skip
-    """K epochs of minibatches over one batch (PPO Algorithm 1); `gradient` is minibatch_gradient, compiled or not.
+def minibatch_step(
+    policy: Policy, critic: Critic, adam: Adam, mb: Minibatch, log_std_old: Tensor, beta: Tensor, args: Args
+) -> Tensor:
+    """One step of Adam on the gradient of one minibatch; the figures of LOSSES."""
+    grad, figures = minibatch_gradient(policy, critic, mb, log_std_old, beta, args)
+    adam.step([*policy.parameters(), *critic.parameters()], grad)
+    return figures
 
-    `optimizer` holds the networks' flattened parameters. -> means over all minibatches; "kl" is the mean KL(old‖new) of
-    the whole update.
+
+def update(
+    policy: Policy, critic: Critic, adam: Adam, step: Callable, rollout: Rollout, beta: float, rng: torch.Generator,
+    args: Args,
+) -> dict[str, float]:  # fmt: skip
+    """K epochs of minibatches over one batch (PPO Algorithm 1); `step` is minibatch_step, compiled or not.
+
+    -> means over all minibatches; "kl" is the mean KL(old‖new) of the whole update.
     """
-    (weights,) = optimizer.param_groups[0]["params"]
     with torch.no_grad():
         mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)
         logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)  # (T, N)
@@ -509,12 +554,11 @@ def update(
             adv, returns, _ = advantages(policy, critic, rollout, args)
         batch = Minibatch(rollout.obs, rollout.actions, mean_old, logp_old, values_old, adv, returns)
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        minibatches = zip(*(x.flatten(0, 1)[order].chunk(args.num_minibatches) for x in batch), strict=True)
+        shuffled = (x.flatten(0, 1).index_select(0, order) for x in batch)  # three times as fast as [order]
+        minibatches = zip(*(x.chunk(args.num_minibatches) for x in shuffled), strict=True)
         total = torch.zeros(len(LOSSES), device=adv.device)
         for mb in minibatches:
-            weights.grad, figures = gradient(policy, critic, Minibatch(*mb), log_std_old, penalty, args)
-            optimizer.step()
-            total += figures
+            total += step(policy, critic, adam, Minibatch(*mb), log_std_old, penalty, args)
         epochs.append(total / args.num_minibatches)
         if args.target_kl is not None and epochs[-1][LOSSES.index("approx_kl")] > args.target_kl:
             break
@@ -543,9 +587,9 @@ def train(args: Args) -> dict:
     envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
     policy = Policy(envs.obs.shape[1], envs.envs[0].action_space, args).to(device)
     critic = Critic(envs.obs.shape[1], args).to(device)
-    weights = flatten_parameters([*policy.parameters(), *critic.parameters()])
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    modules = {"policy": policy, "critic": critic, "optimizer": optimizer}
+    params = [*policy.parameters(), *critic.parameters()]
+    adam = Adam(sum(param.numel() for param in params), args.learning_rate, args.adam_eps).to(device)
+    modules = {"policy": policy, "critic": critic, "adam": adam}
     for name, module in modules.items() if saved else ():
         module.load_state_dict(saved[name])
     rng.set_state(saved.get("rng", rng.get_state()))
@@ -553,19 +597,20 @@ def train(args: Args) -> dict:
     episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
     reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
     total_steps = args.num_iterations * args.batch_size
-    with Log(args, device, step, weights.numel()) as log:
+    with Log(args, device, step, len(adam.m)) as log:
 
         def checkpoint() -> str:
             state = {"step": step, "beta": beta, "episodes": list(episodes), "env_rng_states": envs.rng_states}
             state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
             return save_checkpoint(log.run_dir, args, state)
 
-        gradient = compile_or_eager(minibatch_gradient, args, device)
+        compiled_step = compile_or_eager(minibatch_step, args, device)
         with stop_signals() as signals:
             while step + args.batch_size <= args.total_timesteps and not signals:
-                lr = args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0)
-                for group in optimizer.param_groups:
-                    group.update(lr=lr, eps=args.adam_eps)
+                fraction = step / total_steps
+                adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
+                if args.log_std_final is not None:
+                    policy.log_std.fill_((1 - fraction) * args.log_std_init + fraction * args.log_std_final)
 
                 rollout = collect(envs, policy, rng, args.num_steps)
                 check_finite(step, observations=torch.cat([rollout.obs, rollout.next_obs]), rewards=rollout.rewards)
@@ -574,30 +619,26 @@ def train(args: Args) -> dict:
                 rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
 
                 rollout = rollout._replace(rewards=rewards)
-                stats = update(policy, critic, optimizer, gradient, rollout, beta, rng, args)
+                stats = update(policy, critic, adam, compiled_step, rollout, beta, rng, args)
                 losses = torch.tensor([stats[name] for name in LOSSES])
-                check_finite(step, losses=losses, parameters=weights)
+                check_finite(step, losses=losses, parameters=nn.utils.parameters_to_vector(params))
                 if args.surrogate == "kl-adaptive":
                     beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
                 policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
 
                 step += args.batch_size
-                log(step, lr, episodes, stats | {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()})
+                stats |= {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()}
+                log(step, adam.lr.item(), episodes, stats)
                 if step // args.batch_size % args.save_every == 0:
                     checkpoint()
             path = checkpoint()
         log.bar.close()
-        evaluation = {}
-        if args.eval_episodes and not signals:
-            evaluation = evaluate_policy(policy, args)
-            (log.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-            log.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
-    result = {"steps": step, "episodic_return": float(np.mean([x for x, _ in episodes])) if episodes else math.nan}
-    result["eval_return"] = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    print(f"mean return of the last {len(episodes)} training episodes {result['episodic_return']:.1f}")
-    print_evaluation(evaluation)
-    print(f"{step:,} steps in {log.seconds:.0f} s  {path}")
-    return result | {"checkpoint": path, "run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+        evaluation = evaluate_policy(policy, args) if args.eval_episodes and not signals else {}
+        mean_return = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
+        log.finish(step, mean_return, len(episodes), evaluation, path)
+    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
+    result = {"steps": step, "episodic_return": mean_return, "eval_return": eval_return, "checkpoint": path}
+    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
 
 
 # ======================================================================================================================
@@ -612,7 +653,9 @@ POSITIVE = (
 NON_NEGATIVE = "seed eval_episodes adam_eps kl_coef vf_coef ent_coef"
 UNIT_INTERVAL = "gamma gae_lambda"
 FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
-FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward kl_coef orthogonal_init log_std_init"
+FIXED_ON_RESUME = (
+    f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward kl_coef orthogonal_init log_std_init log_std_final"
+)
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 
 
@@ -740,6 +783,15 @@ class Log:
         self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
         self.bar.update(step - self.bar.n)
 
+    def finish(self, step: int, mean_return: float, episodes: int, evaluation: dict, path: str) -> None:
+        """Write the evaluation, if there was one, and print the closing lines."""
+        if evaluation:
+            (self.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+            self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
+        print(f"mean return of the last {episodes} training episodes {mean_return:.1f}")
+        print_evaluation(evaluation)
+        print(f"{step:,} steps in {self.seconds:.0f} s  {path}")
+
     def __enter__(self) -> "Log":
         return self
 
@@ -780,7 +832,8 @@ def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Ca
     torch._dynamo.config.trace_autograd_ops = True
     print("compiling: the first iteration takes up to half a minute", flush=True)
     cuda_graphs = device.type == "cuda"
-    chosen = torch.compile(function, fullgraph=True, mode="reduce-overhead" if cuda_graphs else None)
+    how = {"mode": "reduce-overhead"} if cuda_graphs else {"options": {"cpp_wrapper": device.type == "cpu"}}
+    chosen = torch.compile(function, fullgraph=True, **how)
 
     def compiled(*inputs):
         nonlocal chosen
@@ -802,6 +855,16 @@ def pick_device(name: str) -> torch.device:
         return torch.zeros(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations and actions are flat Boxes."""
+    for space, hint in (
+        (env.action_space, "for discrete actions use acer_discrete.py"),
+        (env.observation_space, "for images use ppo_atari.py, else the wrapper FlattenObservation"),
+    ):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
 
 
 def check_args(args: Args) -> None:

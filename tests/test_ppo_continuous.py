@@ -1,5 +1,7 @@
 """ppo_continuous.py: its equations against independent definitions, its data flow, and that it learns."""
 
+import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -227,30 +229,63 @@ def test_action_map(action_map, low, high, sample, expected):
 
 def test_initialization_and_size():
     policy, critic = make_policy(), ppo.Critic(3, Args())
-    assert sum(p.numel() for p in policy.parameters()) == (3 * 64 + 64) + (64 * 64 + 64) + (64 * 2 + 2) + 2
+    assert sum(p.numel() for p in policy.parameters()) == (3 * 64 + 64) + (64 * 64 + 64) + (64 * 2 + 2)
+    assert sum(p.numel() for p in make_policy(log_std_final=None).parameters()) == 4546 + 2
     assert sum(p.numel() for p in critic.parameters()) == (3 * 64 + 64) + (64 * 64 + 64) + (64 + 1)
     for net, gains in ((policy.mean_net, (2**0.5, 2**0.5, 0.01)), (critic.value_net, (2**0.5, 2**0.5, 1.0))):
-        for layer, gain in zip(net[::2], gains, strict=True):
+        for layer, gain in zip(net.layers, gains, strict=True):
             torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((min(layer.weight.shape),), gain))
             assert not layer.bias.any()
     assert not torch.allclose(
-        torch.linalg.svdvals(make_policy(orthogonal_init=False).mean_net[2].weight), torch.tensor(2**0.5)
+        torch.linalg.svdvals(make_policy(orthogonal_init=False).mean_net.layers[1].weight), torch.tensor(2**0.5)
     )
-    assert isinstance(make_policy(activation="relu").mean_net[1], torch.nn.ReLU)
     assert torch.allclose(policy.log_std, torch.tensor(Args().log_std_init))
 
 
-def test_parameters_are_views_of_one_vector():
-    policy, critic = make_policy(), ppo.Critic(3, Args())
-    before = policy(torch.ones(3))
-    weights = ppo.flatten_parameters([*policy.parameters(), *critic.parameters()])
-    torch.testing.assert_close(policy(torch.ones(3)), before)
-    with torch.no_grad():
-        weights.copy_(torch.arange(len(weights)))
-    values = torch.cat([p.flatten() for p in (*policy.parameters(), *critic.parameters())])
-    assert torch.equal(values, torch.arange(len(weights)).float())
-    policy.load_state_dict(make_policy().state_dict())
-    assert not torch.equal(weights[: policy.log_std.numel()], values[: policy.log_std.numel()])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_networks_compute_what_stock_modules_do(activation):
+    policy = make_policy(activation=activation, orthogonal_init=False)
+    (a, b, c), act = policy.mean_net.layers, {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[activation]()
+    stock = torch.nn.Sequential(a, act, b, act, c)
+    for rows in (1, 500):  # fast_tanh treats small and large inputs differently
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(policy.mean_net(x), stock(x), rtol=1e-5, atol=1e-6)
+    policy.load_state_dict(make_policy(activation=activation).state_dict())
+    torch.testing.assert_close(policy.mean_net(x), stock(x), rtol=1e-5, atol=1e-6)  # new weights reach both
+    double = copy.deepcopy(policy).to(torch.float64)
+    torch.testing.assert_close(double.mean_net(x.double()).float(), policy.mean_net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_fast_tanh():
+    for size in (100, 10_000):
+        x = torch.linspace(-20, 20, size).requires_grad_()
+        y = ppo.fast_tanh(x)
+        torch.testing.assert_close(y, torch.tanh(x), rtol=0, atol=1e-6)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(slope, 1 - torch.tanh(x.detach()).square(), rtol=0, atol=1e-6)
+
+
+def test_kingma_algorithm_1_adam():
+    ours = [torch.randn(3, 4), torch.randn(5)]
+    theirs = [torch.nn.Parameter(x.clone()) for x in ours]
+    adam = ppo.Adam(17, lr=0.1, eps=1e-3)
+    stock = torch.optim.Adam(theirs, lr=0.1, eps=1e-3)
+    for step in range(300):
+        lr = 0.1 * 0.99**step
+        adam.lr.fill_(lr)
+        stock.param_groups[0]["lr"] = lr
+        grad = torch.randn(17) * 10 ** torch.randn(17)
+        for param, part in zip(theirs, grad.split([12, 5]), strict=True):
+            param.grad = part.view_as(param)
+        adam.step(ours, grad)
+        stock.step()
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y.detach(), rtol=1e-4, atol=1e-5)
+    m, v = 0.1 * grad[0], 0.001 * grad[0] ** 2  # the first step is α g / (|g| + ε)
+    first, fresh = [torch.zeros(1)], ppo.Adam(1, lr=0.5, eps=1e-3)
+    fresh.step(first, grad[:1])
+    expected = -0.5 * (m / 0.1) / ((v / 0.001) ** 0.5 + 1e-3)
+    torch.testing.assert_close(first[0], expected.view(1), rtol=1e-5, atol=1e-7)
 
 
 def test_observations_are_normalized_and_clipped():
@@ -398,23 +433,22 @@ def make_iteration(env_id="Pendulum-v1", **flags):
     critic = ppo.Critic(envs.obs.shape[1], args)
     policy.obs_stats.update(ppo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
     rollout = ppo.collect(envs, policy, rng, args.num_steps)
-    weights = ppo.flatten_parameters([*policy.parameters(), *critic.parameters()])
-    optimizer = torch.optim.Adam([weights], lr=1e-2)
-    return policy, critic, optimizer, rollout, rng, args
+    adam = ppo.Adam(sum(p.numel() for net in (policy, critic) for p in net.parameters()), lr=1e-2, eps=1e-8)
+    return policy, critic, adam, rollout, rng, args
 
 
 def test_ratio_is_one_and_kl_zero_on_the_first_minibatch():
-    policy, critic, optimizer, rollout, rng, args = make_iteration()
+    policy, critic, adam, rollout, rng, args = make_iteration()
     seen = []
 
-    def spy(policy, critic, mb, log_std_old, beta, args):
+    def spy(policy, critic, adam, mb, *rest):
         logp = ppo.gaussian_logp(policy(mb.obs), policy.log_std, mb.actions)
         seen.append((logp - mb.logp_old).exp().sub(1).abs().max().item())
-        grads, figures = ppo.minibatch_gradient(policy, critic, mb, log_std_old, beta, args)
+        figures = ppo.minibatch_step(policy, critic, adam, mb, *rest)
         seen[-1] = (seen[-1], figures[ppo.LOSSES.index("approx_kl")].item())
-        return grads, figures
+        return figures
 
-    ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, args)
+    ppo.update(policy, critic, adam, spy, rollout, 1.0, rng, args)
     assert seen[0][0] < 1e-5 and abs(seen[0][1]) < 1e-6
     assert seen[-1][0] > 1e-3 and seen[-1][1] > 1e-6  # the spy would see a difference
 
@@ -431,7 +465,7 @@ def make_minibatch(policy, critic, rollout):
 @pytest.mark.parametrize("clip_vloss", [False, True])
 def test_ppo_eq9_minibatch_gradient_is_that_of_the_objective(surrogate, clip_vloss):
     policy, critic, _, rollout, _, args = make_iteration(
-        surrogate=surrogate, clip_vloss=clip_vloss, ent_coef=0.1, max_grad_norm=math.inf
+        surrogate=surrogate, clip_vloss=clip_vloss, ent_coef=0.1, max_grad_norm=math.inf, log_std_final=None
     )
     mb = make_minibatch(policy, critic, rollout)
     log_std_old = policy.log_std.detach() - 0.1
@@ -465,46 +499,43 @@ def test_gradient_is_clipped_for_each_network_by_its_own_norm():
 
 
 def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
-    policy, critic, optimizer, rollout, rng, args = make_iteration(update_epochs=3)
+    policy, critic, adam, rollout, rng, args = make_iteration(update_epochs=3)
     seen = []
 
     adv, returns, values = ppo.advantages(policy, critic, rollout, args)
     facts = (rollout.obs.sum(-1), rollout.actions.sum(-1), values, adv, returns)
     samples = torch.stack([x.flatten() for x in facts], 1)  # (B, 5)
 
-    def spy(policy, critic, mb, *rest):
+    def spy(policy, critic, adam, mb, *rest):
         if len(seen) < args.num_minibatches:  # later epochs have other advantages
             row = torch.stack([mb.obs.sum(-1), mb.actions.sum(-1), mb.values_old, mb.adv, mb.returns], 1)
             distance = (row[:, None] - samples[None]).abs().sum(-1)  # (M, B)
             assert distance.min(1).values.max() < 1e-4  # every row is all of one sample, not parts of several
         seen.append(mb.logp_old)
-        return ppo.minibatch_gradient(policy, critic, mb, *rest)
+        return ppo.minibatch_step(policy, critic, adam, mb, *rest)
 
-    stats = ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, args)
+    stats = ppo.update(policy, critic, adam, spy, rollout, 1.0, rng, args)
     assert stats["epochs"] == 3 and len(seen) == 3 * args.num_minibatches
     epochs = torch.cat(seen).view(3, -1)
     assert torch.equal(epochs[0].sort().values, epochs[2].sort().values) and not torch.equal(epochs[0], epochs[2])
     assert len(epochs[0].unique()) > 0.9 * args.batch_size
-    assert (
-        ppo.update(policy, critic, optimizer, spy, rollout, 1.0, rng, Args(**{**SMALL, "target_kl": 1e-9}))["epochs"]
-        == 1
-    )
+    assert ppo.update(policy, critic, adam, spy, rollout, 1.0, rng, Args(**{**SMALL, "target_kl": 1e-9}))["epochs"] == 1
 
 
 def test_advantages_are_recomputed_only_if_asked(monkeypatch):
     calls, original = [], ppo.advantages
     monkeypatch.setattr(ppo, "advantages", lambda *inputs: calls.append(1) or original(*inputs))
     for flag, count in ((True, 2), (False, 1)):
-        policy, critic, optimizer, rollout, rng, args = make_iteration(recompute_advantages=flag)
+        policy, critic, adam, rollout, rng, args = make_iteration(recompute_advantages=flag)
         calls.clear()
-        ppo.update(policy, critic, optimizer, ppo.minibatch_gradient, rollout, 1.0, rng, args)
+        ppo.update(policy, critic, adam, ppo.minibatch_step, rollout, 1.0, rng, args)
         assert len(calls) == count
 
 
 def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
     policy, critic, _, rollout, _, args = make_iteration(norm_adv=True)
     with torch.no_grad():
-        for param in critic.value_net[-1].parameters():
+        for param in critic.value_net.layers[-1].parameters():
             param.zero_()
     adv, _, _ = ppo.advantages(policy, critic, rollout, args)
     scaled, _, _ = ppo.advantages(policy, critic, rollout._replace(rewards=10 * rollout.rewards), args)
@@ -513,29 +544,27 @@ def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
 
 
 def compare_compiled_with_eager(device, capsys):
-    """Gradients of the compiled function over some optimizer steps, beside those of the eager one."""
-    policy, critic, _, rollout, _, args = make_iteration(compile="on")
+    """Weights, state of Adam and figures of the compiled function over some steps, beside those of the eager one."""
+    policy, critic, adam, rollout, _, args = make_iteration(compile="on", log_std_final=None)
     mb = ppo.Minibatch(*(x.to(device) for x in make_minibatch(policy, critic, rollout)))
-    policy, critic, beta = policy.to(device), critic.to(device), torch.tensor(1.0, device=device)
-    weights = ppo.flatten_parameters([*policy.parameters(), *critic.parameters()])
-    optimizer, log_std_old = torch.optim.Adam([weights], lr=1e-2), policy.log_std.detach().clone()
-    compiled = ppo.compile_or_eager(ppo.minibatch_gradient, args, device)
+    nets, beta = [net.to(device) for net in (policy, critic, adam)], torch.tensor(1.0, device=device)
+    nets_eager, log_std_old = copy.deepcopy(nets), policy.log_std.detach().clone()
+    compiled = ppo.compile_or_eager(ppo.minibatch_step, args, device)
     for chunk in zip(*(x.chunk(4) for x in mb), strict=True):
-        inputs = (policy, critic, ppo.Minibatch(*chunk), log_std_old, beta, args)
-        expected, expected_figures = ppo.minibatch_gradient(*inputs)
-        weights.grad, figures = compiled(*inputs)
-        torch.testing.assert_close(weights.grad, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(figures, expected_figures, rtol=1e-4, atol=1e-5)
-        optimizer.step()
-    assert compiled is not ppo.minibatch_gradient and "not compiled" not in capsys.readouterr().out
+        inputs = (ppo.Minibatch(*chunk), log_std_old, beta, args)
+        expected = ppo.minibatch_step(*nets_eager, *inputs)
+        torch.testing.assert_close(compiled(*nets, *inputs), expected, rtol=1e-4, atol=1e-5)
+        for net, net_eager in zip(nets, nets_eager, strict=True):
+            torch.testing.assert_close(net.state_dict(), net_eager.state_dict(), rtol=1e-4, atol=1e-4)
+    assert compiled is not ppo.minibatch_step and "not compiled" not in capsys.readouterr().out
 
 
-def test_compiled_gradient_equals_eager(capsys):
+def test_compiled_step_equals_eager(capsys):
     compare_compiled_with_eager(torch.device("cpu"), capsys)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_gradient_equals_eager_on_cuda(capsys):
+def test_compiled_step_equals_eager_on_cuda(capsys):
     compare_compiled_with_eager(torch.device("cuda"), capsys)
 
 
@@ -567,15 +596,15 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
         rollouts.append(original_collect(*inputs))
         return rollouts[-1]
 
-    def update(policy, critic, optimizer, gradient, rollout, beta, rng, args):
-        def spy(policy, critic, mb, *rest):
+    def update(policy, critic, adam, step, rollout, beta, rng, args):
+        def spy(policy, critic, adam, mb, *rest):
             logp_old.extend(mb.logp_old.tolist())
-            return ppo.minibatch_gradient(policy, critic, mb, *rest)
+            return ppo.minibatch_step(policy, critic, adam, mb, *rest)
 
         logp_old = []
-        stats = original_update(policy, critic, optimizer, spy, rollout, beta, rng, args)
+        stats = original_update(policy, critic, adam, spy, rollout, beta, rng, args)
         saved = (tmp_path / "run" / "checkpoint.pt").exists()
-        updates.append((rollout, beta, stats, optimizer.param_groups[0]["lr"], logp_old, saved))
+        updates.append((rollout, beta, stats, adam.lr.item(), logp_old, saved))
         return stats
 
     monkeypatch.setattr(ppo.Policy, "act", act)
@@ -603,6 +632,10 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
         torch.testing.assert_close(scaled.rewards, expected, rtol=1e-4, atol=1e-5)
 
     assert [lr for _, _, _, lr, _, _ in updates] == pytest.approx([args.learning_rate * x / 3 for x in (3, 2, 1)])
+    start, end = args.log_std_init, args.log_std_final
+    for i, step in enumerate(steps):
+        for _, log_std in step:
+            torch.testing.assert_close(log_std, torch.full_like(log_std, start + i / 3 * (end - start)))
     assert [saved for *_, saved in updates] == [False, False, True]  # save_every is 2
     betas = [beta for _, beta, *_ in updates]
     assert betas[0] == 1.0
@@ -612,6 +645,13 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
     rows = [line.split(",") for line in (tmp_path / "run" / "progress.csv").read_text().splitlines()]
     assert [row[0] for row in rows] == ["step", "64", "128", "192"]
     assert [float(row[rows[0].index("kl_coef")]) for row in rows[1:]] == [2.0, 4.0, 8.0]
+
+
+def test_log_std_is_learned_if_not_annealed(tmp_path):
+    args = Args(**SMALL, env_id="Pendulum-v1", total_timesteps=128, log_std_init=-0.3, log_std_final=None)
+    result = train(dataclasses.replace(args, run_dir=str(tmp_path / "run")))
+    (log_std,) = ppo.load_checkpoint(result["checkpoint"])["policy"]["log_std"].tolist()
+    assert log_std != pytest.approx(-0.3, abs=1e-6) and log_std == pytest.approx(-0.3, abs=0.05)
 
 
 def fingerprint(checkpoint):
