@@ -117,7 +117,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
     log_std_init: float = -0.7  # log σ of the policy at the start, in the scale of its samples
-    log_std_final: float | None = -2.0  # log σ at the end of a linear anneal; None = σ is learned
+    log_std_final: float | None = -3.0  # log σ at the end, while σ anneals linearly; None = σ is learned
 
     @property
     def batch_size(self) -> int:
@@ -609,7 +609,8 @@ def train(args: Args) -> dict:
                 fraction = step / total_steps
                 adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
                 if args.log_std_final is not None:
-                    policy.log_std.fill_((1 - fraction) * args.log_std_init + fraction * args.log_std_final)
+                    std = (1 - fraction) * math.exp(args.log_std_init) + fraction * math.exp(args.log_std_final)
+                    policy.log_std.fill_(math.log(std))
 
                 rollout = collect(envs, policy, rng, args.num_steps)
                 check_finite(step, observations=torch.cat([rollout.obs, rollout.next_obs]), rewards=rollout.rewards)

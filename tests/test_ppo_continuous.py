@@ -632,10 +632,10 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
         torch.testing.assert_close(scaled.rewards, expected, rtol=1e-4, atol=1e-5)
 
     assert [lr for _, _, _, lr, _, _ in updates] == pytest.approx([args.learning_rate * x / 3 for x in (3, 2, 1)])
-    start, end = args.log_std_init, args.log_std_final
+    start, end = math.exp(args.log_std_init), math.exp(args.log_std_final)
     for i, step in enumerate(steps):
         for _, log_std in step:
-            torch.testing.assert_close(log_std, torch.full_like(log_std, start + i / 3 * (end - start)))
+            torch.testing.assert_close(log_std.exp(), torch.full_like(log_std, start + i / 3 * (end - start)))
     assert [saved for *_, saved in updates] == [False, False, True]  # save_every is 2
     betas = [beta for _, beta, *_ in updates]
     assert betas[0] == 1.0
