@@ -39,7 +39,7 @@ Departures from the PPO paper, and the flags that give the paper back
     --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
     --gae-lambda 0.95                   a longer trace
     --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
-    --log-std-init 0 --log-std-final None  σ starts at 1 and is learned, instead of annealed (as PPO Table 4 does)
+    --log-std-init 0 --log-std-final None  σ starts at 1 and is learned; PPO Table 4 anneals it, but less far
     --action-map none                   actions not clipped and scaled to the environment's bounds
     (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
 
@@ -84,7 +84,7 @@ class Args:
     video_dir: str | None = None  # folder for a GIF of the first evaluation episode
     save_every: int = 25  # iterations between checkpoints; one is always written at the end
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, since the networks are small
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the gradient; auto = from 250,000 steps on
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
     # environment
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
     num_envs: int = 16  # N, environments stepped in turn
@@ -117,7 +117,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
     log_std_init: float = -0.7  # log σ of the policy at the start, in the scale of its samples
-    log_std_final: float | None = -3.0  # log σ at the end, while σ anneals linearly; None = σ is learned
+    log_std_final: float | None = -3.0  # log σ at the end, σ annealed linearly; None = learned, from log_std_init
 
     @property
     def batch_size(self) -> int:
@@ -270,7 +270,7 @@ class RunningMeanStd(nn.Module):
 
 
 def fast_tanh(x: Tensor) -> Tensor:
-    """tanh x = 2 σ(2x) - 1, for large x computed so: on a CPU it takes PyTorch a quarter of the time of its tanh."""
+    """tanh x = 2 σ(2x) - 1, computed so for large tensors: on a CPU that takes PyTorch a quarter of its tanh's time."""
     return torch.tanh(x) if x.numel() < 4096 else 2 * torch.sigmoid(2 * x) - 1
 
 
@@ -295,7 +295,7 @@ class MLP(nn.Module):
 class Policy(nn.Module):
     """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is not a function of s (PPO section 6.1).
 
-    log σ is a parameter, or a buffer that `train` anneals (PPO Table 4).
+    log σ is a parameter, or a buffer that `train` anneals (as in PPO Table 4).
     """
 
     def __init__(self, obs_dim: int, action_space: gym.spaces.Box, args: Args):
@@ -579,6 +579,8 @@ def train(args: Args) -> dict:
     progress come from the checkpoint, all else from `args`: start from `Args(**load_checkpoint(path)["args"])`.
     """
     check_args(args)
+    if args.ent_coef and args.log_std_final is not None:
+        raise InputError("--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None")
     device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
     torch.set_num_threads(1)  # more do not help networks this small
     torch.manual_seed(args.seed)
@@ -618,8 +620,7 @@ def train(args: Args) -> dict:
                 envs.ended.clear()
                 rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
 
-                rollout = rollout._replace(rewards=rewards)
-                stats = update(policy, critic, adam, compiled_step, rollout, beta, rng, args)
+                stats = update(policy, critic, adam, compiled_step, rollout._replace(rewards=rewards), beta, rng, args)
                 losses = torch.tensor([stats[name] for name in LOSSES])
                 check_finite(step, losses=losses, parameters=nn.utils.parameters_to_vector(params))
                 if args.surrogate == "kl-adaptive":
@@ -652,6 +653,7 @@ POSITIVE = (
 )
 NON_NEGATIVE = "seed eval_episodes adam_eps kl_coef vf_coef ent_coef"
 UNIT_INTERVAL = "gamma gae_lambda"
+LOG_STDS = "log_std_init log_std_final"
 FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
 FIXED_ON_RESUME = (
     f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward kl_coef orthogonal_init log_std_init log_std_final"
@@ -873,6 +875,7 @@ def check_args(args: Args) -> None:
         (POSITIVE, lambda x: x > 0, "must be positive"),
         (NON_NEGATIVE, lambda x: x >= 0, "must not be negative"),
         (UNIT_INTERVAL, lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+        (LOG_STDS, lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
     ):
         for name in names.split():
             value = getattr(args, name)

@@ -375,6 +375,21 @@ def test_perfect_critic_has_no_advantage_to_report(env_id, finite):
     torch.testing.assert_close(returns, values)
 
 
+@pytest.mark.parametrize("env_id", ["Chain-v0", "EndlessChain-v0"])
+def test_advantages_take_the_value_of_the_true_successor(env_id):
+    args = Args(norm_obs=False, gamma=0.9, gae_lambda=0.0)
+    envs = ppo.make_envs(env_id, 2, seed=0)
+    policy = ppo.Policy(1, envs.envs[0].action_space, args)
+    rollout = ppo.collect(envs, policy, torch.Generator(), num_steps=10)
+
+    def critic(obs):
+        return 1 + obs.squeeze(-1)  # another value in each state
+
+    adv, _, _ = ppo.advantages(policy, critic, rollout, args)
+    after = critic(rollout.next_obs) * ~rollout.terminated
+    torch.testing.assert_close(adv, rollout.rewards + 0.9 * after - critic(rollout.obs))
+
+
 def test_step_gives_the_true_successor_and_the_observation_to_act_on():
     envs = ppo.make_envs("Chain-v0", 1, seed=0)
     seen = [(float(envs.obs[0, 0]), float(envs.step(np.zeros((1, 1)))[0][0, 0])) for _ in range(4)]
@@ -498,6 +513,23 @@ def test_gradient_is_clipped_for_each_network_by_its_own_norm():
         assert part.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_minibatch_step_is_adam_on_the_minibatch_gradient():
+    policy, critic, adam, rollout, _, args = make_iteration(log_std_final=None)
+    mb, beta, log_std_old = make_minibatch(policy, critic, rollout), torch.tensor(1.0), policy.log_std.detach().clone()
+    stock = copy.deepcopy((policy, critic))
+    params = [p for net in stock for p in net.parameters()]
+    optimizer = torch.optim.Adam(params, lr=1e-2, eps=1e-8)
+    for _ in range(3):
+        grad, expected = ppo.minibatch_gradient(*stock, mb, log_std_old, beta, args)
+        for param, part in zip(params, grad.split([p.numel() for p in params]), strict=True):
+            param.grad = part.view_as(param)
+        optimizer.step()
+        figures = ppo.minibatch_step(policy, critic, adam, mb, log_std_old, beta, args)
+        torch.testing.assert_close(figures, expected, rtol=1e-3, atol=1e-4)
+        for net, other in zip((policy, critic), stock, strict=True):
+            torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-4)
+
+
 def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
     policy, critic, adam, rollout, rng, args = make_iteration(update_epochs=3)
     seen = []
@@ -543,9 +575,9 @@ def test_normalized_advantages_do_not_depend_on_the_scale_of_rewards():
     assert adv.mean().abs() < 1e-5 and adv.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def compare_compiled_with_eager(device, capsys):
+def compare_compiled_with_eager(device, capsys, **flags):
     """Weights, state of Adam and figures of the compiled function over some steps, beside those of the eager one."""
-    policy, critic, adam, rollout, _, args = make_iteration(compile="on", log_std_final=None)
+    policy, critic, adam, rollout, _, args = make_iteration(compile="on", **flags)
     mb = ppo.Minibatch(*(x.to(device) for x in make_minibatch(policy, critic, rollout)))
     nets, beta = [net.to(device) for net in (policy, critic, adam)], torch.tensor(1.0, device=device)
     nets_eager, log_std_old = copy.deepcopy(nets), policy.log_std.detach().clone()
@@ -559,8 +591,9 @@ def compare_compiled_with_eager(device, capsys):
     assert compiled is not ppo.minibatch_step and "not compiled" not in capsys.readouterr().out
 
 
-def test_compiled_step_equals_eager(capsys):
-    compare_compiled_with_eager(torch.device("cpu"), capsys)
+@pytest.mark.parametrize("flags", [{}, {"log_std_final": None}])
+def test_compiled_step_equals_eager(capsys, flags):
+    compare_compiled_with_eager(torch.device("cpu"), capsys, **flags)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -602,6 +635,7 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch):
             return ppo.minibatch_step(policy, critic, adam, mb, *rest)
 
         logp_old = []
+        assert adam.eps == args.adam_eps
         stats = original_update(policy, critic, adam, spy, rollout, beta, rng, args)
         saved = (tmp_path / "run" / "checkpoint.pt").exists()
         updates.append((rollout, beta, stats, adam.lr.item(), logp_old, saved))
@@ -800,6 +834,10 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--resume {garbage}", "is not a readable checkpoint"),
         ("--resume {copy}", "name its checkpoint.pt, not best.pt"),
         ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
+        ("--resume {checkpoint} --log-std-final None", "--log-std-final"),
+        ("--log-std-init nan", "--log-std-init nan must lie in [-20, 5]"),
+        ("--log-std-final 100", "--log-std-final 100.0 must lie in [-20, 5]"),
+        ("--ent-coef 0.1", "--ent-coef has no effect on an annealed σ"),
         ("--evaluate {checkpoint} --hidden-sizes 32", "--hidden-sizes"),
         ("--evaluate {checkpoint} --env-id Hopper-v5", "other sizes than Pendulum-v1"),
         ("--evaluate {checkpoint} --eval-episodes 0", "--eval-episodes of 1 or more"),
