@@ -1,15 +1,16 @@
-"""Train ppo_continuous.py with its default flags on the MuJoCo tasks and keep the learning curves.
+"""Train a script with its default flags on the MuJoCo tasks and keep the learning curves.
 
-    python benchmarks/learning.py --seeds 1 2 3 --workers 2
+    python benchmarks/learning.py --script ppo_continuous --seeds 1 2 3 --workers 2
 
 Each run leaves benchmarks/results/mujoco/<script>__<task>__s<seed>.csv (step, mean return of the last 100 training
-episodes; about 100 rows) and a row in index.csv beside it (command, hash of the script, final scores, seconds). A run
-whose row is there is not done again (delete the row for that); a half-done one starts anew. Ends with the table of
-means.
+episodes, largest mean KL of an update since the row before; about 100 rows) and a row in index.csv beside it (command,
+hash of the script, final scores, seconds). A run whose row is there is not done again (delete the row for that); a
+half-done one starts anew. Ends with the table of means.
 """
 
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -18,20 +19,26 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mujoco"
-SCRIPT = "ppo_continuous"
-TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5")
-COLUMNS = ["task", "seed", "steps", "last100", "deterministic", "sampled", "seconds", "script_sha256", "command"]
+FOUR = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5")
+TASKS = {  # the flags that differ from the defaults
+    "ppo_continuous": dict.fromkeys((*FOUR, "InvertedPendulum-v5", "Reacher-v5"), ""),
+    "trpo_continuous": dict.fromkeys(FOUR, "") | {"Swimmer-v5": "--gamma 0.9999"},
+}
+SCORES = ["steps", "last100", "deterministic", "sampled"]
+COLUMNS = ["script", "task", "seed", *SCORES, "seconds", "script_sha256", "command"]
 
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = TASKS  # Gymnasium ids
+    script: Literal["ppo_continuous", "trpo_continuous"] = "ppo_continuous"  # which script
+    tasks: tuple[str, ...] = ()  # Gymnasium ids; default all that the script has bars for
     seeds: tuple[int, ...] = (1, 2, 3)  # one run each
     workers: int = 2  # runs at a time, one thread each
     runs: Path = ROOT / "runs" / "learning"  # run folders, not kept in git
@@ -43,11 +50,30 @@ def index() -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
-def table(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)) -> str:
+def curve(row: dict[str, str]) -> list[tuple[int, float, float]]:
+    """(step, mean return of the last 100 training episodes, largest mean KL) of a run."""
+    with (RESULTS / f"{row['script']}__{row['task']}__s{row['seed']}.csv").open() as file:
+        return [tuple(map(float, cells.values())) for cells in csv.DictReader(file)]
+
+
+def worst_drop(rows: list[tuple[int, float, float]]) -> float:
+    """The lowest ratio of the return to its best so far, from 300,000 steps on; 1 = never fell."""
+    best, ratios = -math.inf, [1.0]
+    for step, value, _ in rows:
+        best = max(best, value)
+        if step >= 300_000:
+            ratios.append(value / best)
+    return min(ratios)
+
+
+def table(script: str, tasks: tuple[str, ...] = (), seeds: tuple[int, ...] = (1, 2, 3)) -> str:
     """Markdown table of the means over seeds in index.csv, with the single values."""
-    lines = ["| task | last 100 training episodes | deterministic evaluation |", "|---|---|---|"]
-    for task in tasks:
-        rows = [row for row in index() if row["task"] == task and int(row["seed"]) in seeds]
+    trust = script == "trpo_continuous"
+    head = ["task", "last 100 training episodes", "deterministic evaluation"]
+    head += ["largest mean KL", "lowest / best so far"] if trust else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for task in tasks or TASKS[script]:
+        rows = [r for r in index() if (r["script"], r["task"]) == (script, task) and int(r["seed"]) in seeds]
         if not rows:
             continue
         cells = []
@@ -55,42 +81,51 @@ def table(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)) ->
             values = [float(row[column]) for row in rows]
             digits = 0 if abs(statistics.mean(values)) >= 100 else 2
             cells.append(f"{statistics.mean(values):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})")
+        if trust:
+            curves = [curve(row) for row in rows]
+            cells.append(f"{max(kl for points in curves for _, _, kl in points):.5f}")
+            cells.append(f"{min(map(worst_drop, curves)):.2f}")
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(task: str, seed: int, folder: Path) -> dict[str, str]:
+def extract(run_dir: Path, script: str, task: str, seed: int, command: str) -> dict[str, str]:
+    """Write the curve of a finished run; -> its row of index.csv."""
+    rows = list(csv.DictReader((run_dir / "progress.csv").open()))
+    evaluation = json.loads((run_dir / "eval.json").read_text())
+    every = max(1, len(rows) // 100)
+    with (RESULTS / f"{script}__{task}__s{seed}.csv").open("w") as file:
+        file.write("step,episodic_return,largest_kl\n")
+        for end in range((len(rows) - 1) % every + 1, len(rows) + 1, every):
+            kl = max(float(r["approx_kl"]) for r in rows[max(0, end - every) : end])
+            if rows[end - 1]["episodic_return"]:
+                file.write(f"{rows[end - 1]['step']},{rows[end - 1]['episodic_return']},{kl:.5g}\n")
+    scores = {mode: f"{statistics.mean(returns):.2f}" for mode, returns in evaluation.items()}
+    digest = json.loads((run_dir / "config.json").read_text())["script_sha256"][:16]
+    last = {"steps": rows[-1]["step"], "last100": f"{float(rows[-1]['episodic_return']):.2f}"}
+    row = {"script": script, "task": task, "seed": str(seed), **last, **scores, "seconds": rows[-1]["seconds"]}
+    return row | {"script_sha256": digest, "command": command}
+
+
+def run(script: str, task: str, seed: int, folder: Path) -> dict[str, str]:
     """Train one run to its end; -> its row of index.csv. Raises RuntimeError with the last line of a failed run."""
-    run_dir = folder / f"{SCRIPT}__{task}__s{seed}"
+    run_dir = folder / f"{script}__{task}__s{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed
-    command = ["python", f"{SCRIPT}.py", "--env-id", task, "--seed", str(seed)]
+    command = ["python", f"{script}.py", "--env-id", task, "--seed", str(seed), *TASKS[script].get(task, "").split()]
     line = [sys.executable, *command[1:], "--run-dir", str(run_dir)]
     done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} seed {seed} failed: {(done.stderr or done.stdout).splitlines()[-1]}")
-    rows = list(csv.DictReader((run_dir / "progress.csv").open()))
-    evaluation = json.loads((run_dir / "eval.json").read_text())
-    every = max(1, len(rows) // 100)
-    with (RESULTS / f"{run_dir.name}.csv").open("w") as file:
-        file.write("step,episodic_return\n")
-        file.writelines(
-            f"{r['step']},{r['episodic_return']}\n" for r in rows[::-1][::every][::-1] if r["episodic_return"]
-        )
-    scores = {mode: f"{statistics.mean(returns):.2f}" for mode, returns in evaluation.items()}
-    digest = json.loads((run_dir / "config.json").read_text())["script_sha256"][:16]
-    last = {"steps": rows[-1]["step"], "last100": f"{float(rows[-1]['episodic_return']):.2f}"}
-    return {"task": task, "seed": str(seed), **last, **scores, "seconds": rows[-1]["seconds"]} | {
-        "script_sha256": digest,
-        "command": " ".join(command),
-    }
+    return extract(run_dir, script, task, seed, " ".join(command))
 
 
 def main(args: Args) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    done = {(row["task"], row["seed"]) for row in index()}
-    todo = [(t, s) for s in args.seeds for t in args.tasks if (t, str(s)) not in done]
+    tasks = args.tasks or tuple(TASKS[args.script])
+    done = {(row["script"], row["task"], row["seed"]) for row in index()}
+    todo = [(t, s) for s in args.seeds for t in tasks if (args.script, t, str(s)) not in done]
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(run, task, seed, args.runs) for task, seed in todo]
+        futures = [pool.submit(run, args.script, task, seed, args.runs) for task, seed in todo]
         for future in tqdm(futures, unit="run"):
             try:
                 row = future.result()
@@ -101,7 +136,7 @@ def main(args: Args) -> None:
             with (RESULTS / "index.csv").open("a") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writerows(([dict(zip(COLUMNS, COLUMNS, strict=True))] if new else []) + [row])
-    print(table(args.tasks, args.seeds))
+    print(table(args.script, tasks, args.seeds))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""Training steps per second of ppo_continuous.py and of Stable-Baselines3's PPO, side by side.
+"""Training steps per second of a script and of its peer, side by side.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/speed.py --task HalfCheetah-v5 --repetitions 5
+    python benchmarks/speed.py --script ppo_continuous --task HalfCheetah-v5 --repetitions 5
 
-Each repetition trains every contestant once for `--steps` steps, each in a process of its own with one thread, one
-after the other in an order that turns, so that a slow minute of the machine hits all alike. A run's figure is steps /
-seconds from the end of its first iteration to the end of its last, everything included (environment, inference,
-update, logging). What passes from the start of the process to the end of the first iteration, compilation among it,
-is reported apart as start-up: cold in the first repetition (empty compile cache), warm in the others. Compilation is
-forced on, as these runs are too short for `--compile auto`. Peak memory is the main process's, without the
-compiler's. The table gives the median over repetitions and the range, and the median over repetitions of the ratio to
-Stable-Baselines3.
+The peer is Stable-Baselines3's PPO, or sb3-contrib's TRPO, with its default flags. Each repetition trains every
+contestant once for `--steps` steps, each in a process of its own with one thread, one after the other in an order that
+turns, so that a slow minute of the machine hits all alike. A run's figure is steps / seconds from the end of its first
+iteration to the end of its last, everything included (environment, inference, update, logging). What passes from the
+start of the process to the end of the first iteration, compilation among it, is reported apart as start-up: cold in the
+first repetition (empty compile cache), warm in the others. Compilation is forced on, as these runs are too short for
+`--compile auto`. Peak memory is the main process's, without the compiler's. The table gives the median over repetitions
+and the range, and the median over repetitions of the ratio to the peer; below it, where the time of the first
+contestant after the peer goes.
 """
 
+import functools
 import json
 import os
 import resource
@@ -21,34 +23,49 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).parents[1]
-CONTESTANTS = {  # all: 2048 steps an iteration, 10 epochs, minibatches of 64, two hidden layers of 64
-    "sb3": [],
-    "default": [],
-    "1 x 2048": ["--num-envs", "1", "--num-steps", "2048"],
-    "not compiled": ["--compile", "off"],
+PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib"}
+CONTESTANTS = {  # both: 2048 steps an iteration, 10 epochs, two hidden layers of 64; as the peer's defaults
+    "ppo_continuous": {  # minibatches of 64
+        "default": "",
+        "1 x 2048": "--num-envs 1 --num-steps 2048",
+        "not compiled": "--compile off",
+    },
+    "trpo_continuous": {  # critic minibatches of 128, 15 iterations of conjugate gradients
+        "16 x 128": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16",
+        "1 x 2048": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --num-envs 1 --num-steps 2048",
+        "not compiled": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
+    },
 }
+PARTS = {"Envs.step", "Policy.act", "advantages", "conjugate_gradient", "line_search", "policy_step", "update"}
 
 
 @dataclass
 class Args:
+    script: Literal["ppo_continuous", "trpo_continuous"] = "ppo_continuous"  # which script
     task: str = "HalfCheetah-v5"  # Gymnasium id
     steps: int = 40_960  # training steps of each run
     repetitions: int = 5  # runs of each contestant
-    out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<task>.csv
+    out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<script>__<task>.csv
     one: str | None = None  # run this contestant once in this process (what the script does to itself)
 
 
-def run_sb3(args: Args) -> list[float]:
-    """Train SB3's PPO with its default flags; -> the times at which its iterations ended."""
+def run_peer(args: Args) -> list[float]:
+    """Train the peer with its default flags; -> the times at which its iterations ended."""
     import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
+
+    if args.script == "ppo_continuous":
+        from stable_baselines3 import PPO as Peer
+    else:
+        from sb3_contrib import TRPO as Peer
 
     class Clock(BaseCallback):
         times: list[float] = []
@@ -61,69 +78,110 @@ def run_sb3(args: Args) -> list[float]:
 
     torch.set_num_threads(1)
     clock = Clock()
-    PPO("MlpPolicy", args.task, device="cpu", seed=1).learn(args.steps, callback=clock)
+    Peer("MlpPolicy", args.task, device="cpu", seed=1).learn(args.steps, callback=clock)
     return [*clock.times[1:], time.time()]  # the first rollout starts iteration 1, which has not ended
 
 
-def run_script(args: Args) -> list[float]:
-    """Train ppo_continuous.py; -> the times at which its iterations ended."""
+def timed(function, spent: list[float]):
+    """`function`, adding the seconds of each call to `spent`."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent.append(time.perf_counter() - start)
+
+    return call
+
+
+def run_script(args: Args) -> tuple[list[float], dict[str, float]]:
+    """Train the script; -> the times at which its iterations ended, and seconds spent in its PARTS between them."""
     sys.path.insert(0, str(ROOT))
-    import ppo_continuous as ppo
+    module = __import__(args.script)
+    times, spent = [], defaultdict(list)
+    for part in PARTS:
+        owner, _, name = part.rpartition(".")
+        owner = getattr(module, owner) if owner else module
+        if hasattr(owner, name):
+            setattr(owner, name, timed(getattr(owner, name), spent[part]))
+    original = module.Log.__call__
 
-    times, original = [], ppo.Log.__call__
-
-    def timed(*inputs) -> None:
+    def log(*inputs) -> None:
         original(*inputs)
         times.append(time.time())
+        if len(times) == 1:
+            for seconds in spent.values():
+                seconds.clear()
 
-    ppo.Log.__call__ = timed
+    module.Log.__call__ = log
     flags = ["--env-id", args.task, "--total-timesteps", str(args.steps), "--eval-episodes", "0", "--compile", "on"]
     with tempfile.TemporaryDirectory() as folder:
-        run_args = tyro.cli(ppo.Args, args=[*flags, *CONTESTANTS[args.one], "--run-dir", f"{folder}/run"])
-        ppo.train(run_args)
-    return times
+        own = CONTESTANTS[args.script][args.one].split()
+        module.train(tyro.cli(module.Args, args=[*flags, *own, "--run-dir", f"{folder}/run"]))
+    return times, {part: sum(seconds) for part, seconds in spent.items() if seconds}
 
 
 def run_once(args: Args) -> None:
-    """Print one JSON line: start-up seconds, steps/s, peak memory."""
-    times = run_sb3(args) if args.one == "sb3" else run_script(args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    sps = 2048 * (len(times) - 1) / (times[-1] - times[0])
-    print(json.dumps({"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": sps, "peak_mb": peak}))
+    """Print one JSON line: start-up seconds, steps/s, peak memory, seconds in parts per second of training."""
+    times, spent = (run_peer(args), {}) if args.one in PEERS.values() else run_script(args)
+    peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, times[-1] - times[0]
+    result = {"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": 2048 * (len(times) - 1) / seconds}
+    print(json.dumps(result | {"peak_mb": peak, "parts": {part: s / seconds for part, s in spent.items()}}))
 
 
-def main(args: Args) -> None:
-    out = args.out or ROOT / "benchmarks" / "results" / "speed" / f"{args.task}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = {name: [] for name in CONTESTANTS}
-    with out.open("w") as file, tempfile.TemporaryDirectory() as cache:
-        file.write("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n")
-        for repetition in range(args.repetitions):
-            names = list(CONTESTANTS)
-            for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-                command = [sys.executable, __file__, "--task", args.task, "--steps", str(args.steps), "--one", name]
-                environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
-                environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name}"
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{name} failed: {done.stderr.splitlines()[-1] if done.stderr else done.stdout}")
-                result = json.loads(done.stdout.splitlines()[-1])
-                results[name].append(result)
-                file.write(
-                    f"{name},{repetition + 1},{result['sps']:.0f},{result['start_up_s']:.1f},{result['peak_mb']:.0f}\n"
-                )
-                print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
-    print(f"| {args.task} | steps/s (range) | times SB3 (range) | start-up cold / warm, s | peak memory, MB |")
+def print_table(task: str, results: dict[str, list[dict]]) -> None:
+    """Markdown table, the peer first, and the breakdown."""
+    peer, first = list(results)[:2]
+    print(f"| {task} | steps/s (range) | times {peer} (range) | start-up cold / warm, s | peak memory, MB |")
     print("|---|---|---|---|---|")
     for name, runs in results.items():
         sps = [r["sps"] for r in runs]
-        ratios = [a["sps"] / b["sps"] for a, b in zip(runs, results["sb3"], strict=True)]
+        ratios = [a["sps"] / b["sps"] for a, b in zip(runs, results[peer], strict=True)]
         warm = statistics.median([r["start_up_s"] for r in runs[1:]] or [float("nan")])
         print(
             f"| {name} | {statistics.median(sps):.0f} ({min(sps):.0f}-{max(sps):.0f}) "
             f"| {statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f}) "
             f"| {runs[0]['start_up_s']:.1f} / {warm:.1f} | {max(r['peak_mb'] for r in runs):.0f} |"
         )
+    share = {part: statistics.median(r["parts"][part] for r in results[first]) for part in results[first][0]["parts"]}
+    parts = {"environment": share["Envs.step"], "acting": share["Policy.act"]}
+    if "policy_step" in share:
+        parts |= {"conjugate gradients": share["conjugate_gradient"], "line search": share["line_search"]}
+        parts["rest of the policy step"] = share["policy_step"] - share["conjugate_gradient"] - share["line_search"]
+        parts["critic"] = share["update"] - share["policy_step"]
+    else:
+        parts |= {"advantages": share["advantages"], "rest of the update": share["update"] - share["advantages"]}
+    parts["all else"] = 1 - sum(parts.values())
+    print(f"\n{first}: " + ", ".join(f"{name} {100 * x:.0f} %" for name, x in parts.items()))
+
+
+def main(args: Args) -> None:
+    out = args.out or ROOT / "benchmarks" / "results" / "speed" / f"{args.script}__{args.task}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = [PEERS[args.script], *CONTESTANTS[args.script]]
+    results = {name: [] for name in names}
+    with out.open("w") as file, tempfile.TemporaryDirectory() as cache:
+        file.write("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n")
+        for repetition in range(args.repetitions):
+            first = repetition % len(names)
+            for name in names[first:] + names[:first]:
+                command = [sys.executable, __file__, "--script", args.script, "--task", args.task]
+                command += ["--steps", str(args.steps), "--one", name]
+                environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
+                environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name.replace(' ', '_')}"  # g++ can't have spaces
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if "not compiled: " in done.stdout:
+                    sys.exit(f"{name} could not be compiled: {done.stdout}")
+                if done.returncode:
+                    sys.exit(f"{name} failed: {done.stderr.splitlines()[-1] if done.stderr else done.stdout}")
+                result = json.loads(done.stdout.splitlines()[-1])
+                results[name].append(result)
+                figures = f"{result['sps']:.0f},{result['start_up_s']:.1f},{result['peak_mb']:.0f}"
+                file.write(f"{name},{repetition + 1},{figures}\n")
+                print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
+    print_table(args.task, results)
 
 
 if __name__ == "__main__":

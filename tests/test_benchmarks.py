@@ -2,44 +2,70 @@
 
 import csv
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks import learning
+from benchmarks import learning, speed
 
 ROOT = Path(__file__).parents[1]
 
 
+each_script = pytest.mark.parametrize("script", sorted({row["script"] for row in learning.index()}))
+
+
+@each_script
 @pytest.mark.parametrize("readme", ["README.md", "benchmarks/README.md"])
-def test_score_tables_are_made_from_the_results(readme):
-    rows = learning.table().splitlines()
-    assert len(rows) == 2 + len(learning.TASKS)
+def test_score_tables_are_made_from_the_results(script, readme):
+    rows = learning.table(script).splitlines()
+    assert len(rows) == 2 + len(learning.TASKS[script])
     text = (ROOT / readme).read_text()
     for row in rows[2:]:
         assert row.removesuffix(" |") in text, row
 
 
-def test_every_result_has_its_curve_and_command():
-    rows = learning.index()
+@each_script
+def test_every_result_has_its_curve_and_command(script):
+    rows = [row for row in learning.index() if row["script"] == script]
     assert sorted((row["task"], row["seed"]) for row in rows) == sorted(
-        (task, seed) for task in learning.TASKS for seed in "123"
+        (task, seed) for task in learning.TASKS[script] for seed in "123"
     )
     assert len({row["script_sha256"] for row in rows}) == 1  # all of one version of the script
     for row in rows:
-        assert row["command"] == f"python ppo_continuous.py --env-id {row['task']} --seed {row['seed']}"
-        curve = list(csv.DictReader((learning.RESULTS / f"ppo_continuous__{row['task']}__s{row['seed']}.csv").open()))
-        assert 90 <= len(curve) <= 130 and curve[-1]["step"] == row["steps"] == "999424"
-        assert float(curve[-1]["episodic_return"]) == pytest.approx(float(row["last100"]), abs=0.01)
+        flags = learning.TASKS[script][row["task"]]
+        command = f"python {script}.py --env-id {row['task']} --seed {row['seed']} {flags}"
+        assert row["command"] == command.strip()
+        curve = learning.curve(row)
+        assert 90 <= len(curve) <= 130 and curve[-1][0] == int(row["steps"]) == 999424
+        assert curve[-1][1] == pytest.approx(float(row["last100"]), abs=0.01)
+
+
+def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k():
+    points = [
+        (100_000, 10.0, 0.0),
+        (200_000, 1.0, 0.0),
+        (300_000, 8.0, 0.0),
+        (400_000, 20.0, 0.0),
+        (500_000, 15.0, 0.0),
+    ]
+    assert learning.worst_drop(points) == pytest.approx(0.75)
+    assert learning.worst_drop(points[:3]) == pytest.approx(0.8)
 
 
 def test_speed_tables_are_made_from_the_results():
-    for task in ("HalfCheetah-v5", "Hopper-v5"):
-        runs = list(csv.DictReader((ROOT / "benchmarks" / "results" / "speed" / f"{task}.csv").open()))
-        sb3 = [float(r["steps_per_second"]) for r in runs if r["contestant"] == "sb3"]
-        ours = [float(r["steps_per_second"]) for r in runs if r["contestant"] == "default"]
-        ratio = statistics.median(a / b for a, b in zip(ours, sb3, strict=True))
-        assert len(sb3) >= 3
-        text = (ROOT / "benchmarks" / "README.md").read_text()
-        row = next(x for x in text[text.index(f"| {task} | steps/s") :].splitlines() if x.startswith("| default |"))
-        assert row.startswith(f"| default | {statistics.median(ours):.0f} (") and f" | {ratio:.1f} (" in row
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    files = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.csv"))
+    assert len(files) >= 2
+    for path in files:
+        script, task = path.stem.split("__")
+        runs = defaultdict(list)
+        for row in csv.DictReader(path.open()):
+            runs[row["contestant"]].append(float(row["steps_per_second"]))
+        peer = runs.pop(speed.PEERS[script])
+        assert len(peer) >= 3 and list(runs) == list(speed.CONTESTANTS[script])
+        table = text[text.index(f"| {task} | steps/s (range) | times {speed.PEERS[script]} ") :]
+        for name, ours in runs.items():
+            ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+            row = next(x for x in table.splitlines() if x.startswith(f"| {name} |"))
+            assert row.startswith(f"| {name} | {statistics.median(ours):.0f} (") and f" | {ratio:.1f} (" in row
