@@ -109,7 +109,7 @@ class Args:
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
     norm_adv: bool = True  # standardize advantages over the batch
-    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
+    max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
     anneal_kl: bool = True  # anneal δ linearly to zero
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual
