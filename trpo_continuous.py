@@ -18,8 +18,8 @@ From TRPO eq. 14 to the update, in six lines (section 6 and appendix C; Δ = θ 
     max_θ L(θ) = Ê[π_θ(a|s) / π_old(a|s) Â]  subject to  Ê[KL(π_old(·|s) ‖ π_θ(·|s))] ≤ δ            (TRPO eq. 14)
     to first order L(θ) ≈ L(θ_old) + gᵀΔ; to second order the mean KL ≈ ½ ΔᵀFΔ, as it and its gradient vanish at θ_old
     max_Δ gᵀΔ  subject to  ½ ΔᵀFΔ ≤ δ                                                              (TRPO eq. 17)
-    Lagrangian gᵀΔ - η (½ ΔᵀFΔ - δ): its gradient g - ηFΔ is zero for Δ = x / η, where Fx = g: the natural gradient x
-    on the boundary ½ xᵀFx / η² = δ, so Δ = √(2δ / xᵀFx) x; conjugate gradients solve Fx = g with products Fv alone
+    Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ): its gradient g - λFΔ is zero for Δ = x / λ, where Fx = g: the natural gradient x
+    on the boundary ½ xᵀFx / λ² = δ, so Δ = √(2δ / xᵀFx) x; conjugate gradients solve Fx = g with products Fv alone
     where the two approximations err, a line search shortens Δ until L rises and the mean KL is at most δ
 
 Equation map: equation -> function -> symbol
@@ -41,18 +41,21 @@ Equation map: equation -> function -> symbol
 Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
+    --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
+    --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
     --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
     --no-norm-obs --clip-obs inf        observations as they are
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    --log-std-final None                σ is learned without a limit; the limit moves it outside of the trust region
+    --log-std-final None                σ without a limit; the limit, and statistics of observations, change the policy
+                                        between iterations, outside of the trust region
     --action-map none                   actions not clipped and scaled to the environment's bounds
     (always on)                         a value network, fitted after the policy's step (GAE section 6.1)
     (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
 Relatives of TRPO
     --no-line-search                    truncated natural policy gradient: the full step, whatever it does
-    --no-line-search --natural-step 0.1 natural policy gradient (Kakade section 2): θ ← θ + 0.1 x
+    --no-line-search --natural-step 0.1 natural policy gradient (Kakade eqs. 2-4): θ ← θ + 0.1 x, whatever δ
 
 Resuming restores weights, optimizer, statistics and random generators. Episodes in flight start anew: a resumed run is
 bit-exact where episodes end with the rollout.
@@ -112,8 +115,8 @@ class Args:
     max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
     anneal_kl: bool = True  # anneal δ linearly to zero
     cg_iterations: int = 10  # iterations of conjugate gradients
-    cg_tol: float = 1e-10  # stop them at this squared norm of the residual
-    cg_damping: float = 0.1  # added to the diagonal of F, in the direction and in the step length
+    cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
+    cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
     fisher_subsample: float = 1.0  # fraction of the batch that F is estimated on; TRPO appendix C.1 takes 0.1
     line_search: bool = True  # shorten the step until the surrogate rises and the mean KL is at most δ
     line_search_steps: int = 10  # lengths tried before the step is rejected
@@ -232,7 +235,10 @@ def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations
         if squared <= residual_tol:
             break
         product = matvec(direction)
-        alpha = squared / (direction @ product)
+        curvature = direction @ product
+        if curvature <= 0:  # A is singular in this direction, up to rounding
+            break
+        alpha = squared / curvature
         x, residual, last = x + alpha * direction, residual - alpha * product, squared
         squared = residual @ residual
         direction = residual + squared / last * direction
@@ -241,7 +247,7 @@ def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations
 
 def max_kl_step(direction: Tensor, fisher_direction: Tensor, max_kl: float) -> Tensor:
     """TRPO appendix C: √(2δ / xᵀFx) x, the step along x at whose end ½ ΔᵀFΔ = δ. x and Fx (P,) -> (P,)."""
-    curvature = (direction @ fisher_direction).clamp(min=torch.finfo(direction.dtype).tiny)  # 0 only for x = 0
+    curvature = (direction @ fisher_direction).clamp(min=torch.finfo(direction.dtype).tiny)  # 0 for x = 0
     return (2 * max_kl / curvature).sqrt() * direction
 
 
@@ -541,8 +547,8 @@ def policy_step(
     if args.line_search:
         new, accepted = line_search(evaluate, theta, step, args.max_kl, args.line_search_steps, args.line_search_decay)
     gain, kl = evaluate(new)  # leaves the parameters at `new`
-    figures = {"policy_loss": -surrogate.item(), "surrogate_gain": gain.item(), "approx_kl": kl.item()}
-    figures |= {"policy_grad_norm": gradient.norm().item(), "rejected": float(not accepted)}
+    figures = {"policy_loss": -(surrogate + gain).item(), "surrogate_gain": gain.item(), "approx_kl": kl.item()}
+    figures |= {"policy_grad_norm": gradient.norm().item(), "rejected": float(not accepted), "max_kl": args.max_kl}
     return figures | {"step_fraction": ((new - theta).norm() / step.norm()).item()}
 
 
@@ -632,7 +638,8 @@ def train(args: Args) -> dict:
                 stats = update(policy, critic, adam, compiled_step, rollout._replace(rewards=rewards), rng, now)
                 rejected += int(stats.pop("rejected"))
                 weights = nn.utils.parameters_to_vector([*policy.parameters(), *params])
-                check_finite(step, losses=torch.tensor([stats["policy_loss"], stats["value_loss"]]), parameters=weights)
+                losses = torch.tensor([stats[name] for name in ("policy_loss", "value_loss", "approx_kl")])
+                check_finite(step, losses=losses, parameters=weights)
                 policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: π_old is the policy that acted
 
                 step += args.batch_size
