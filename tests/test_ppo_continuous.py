@@ -18,12 +18,12 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
+from test_continuous import SMALL
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, train
 
 SCRIPT = Path(ppo.__file__)
-SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2, "compile": "off", "eval_episodes": 0}
 
 
 def random_ends(steps, envs, seed=0):
@@ -688,59 +688,6 @@ def test_log_std_is_learned_if_not_annealed(tmp_path):
     assert log_std != pytest.approx(-0.3, abs=1e-6) and log_std == pytest.approx(-0.3, abs=0.05)
 
 
-def fingerprint(checkpoint):
-    """SHA-256 of all tensors and numbers of a checkpoint but its arguments."""
-    saved, digest = torch.load(checkpoint, weights_only=True), hashlib.sha256()
-
-    def visit(value):
-        if isinstance(value, dict):
-            for key in value:
-                visit(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-        else:
-            digest.update(value.numpy().tobytes() if torch.is_tensor(value) else repr(value).encode())
-
-    visit({key: value for key, value in saved.items() if key != "args"})
-    return digest.hexdigest()
-
-
-def test_same_seed_same_run(tmp_path):
-    hashes = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        args = Args(**SMALL, env_id="Hopper-v5", total_timesteps=320, seed=seed, run_dir=str(tmp_path / name))
-        hashes.append(fingerprint(train(args)["checkpoint"]))
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-@pytest.mark.parametrize("surrogate", ["clip", "kl-adaptive"])
-def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, surrogate):
-    flags = {**SMALL, "num_steps": 1000, "num_minibatches": 10, "total_timesteps": 8000, "surrogate": surrogate}
-    whole = train(Args(**flags, run_dir=str(tmp_path / "whole")))
-    assert whole["steps"] == 8000
-
-    original = ppo.check_finite
-    monkeypatch.setattr(
-        ppo,
-        "check_finite",
-        lambda step, **x: os.kill(os.getpid(), signal.SIGTERM) if step == 2000 and "losses" in x else None,
-    )
-    half = train(Args(**flags, run_dir=str(tmp_path / "parts")))
-    monkeypatch.setattr(ppo, "check_finite", original)
-    assert half["steps"] == 4000 and half["signal"] == signal.SIGTERM and half["eval_return"] is None
-    rest = train(Args(**flags, resume=half["checkpoint"]))
-    assert rest["steps"] == 8000 and rest["run_dir"] == half["run_dir"]
-    assert fingerprint(rest["checkpoint"]) == fingerprint(whole["checkpoint"])
-
-    def curve(run_dir):
-        rows = [line.split(",") for line in Path(run_dir, "progress.csv").read_text().splitlines()]
-        keep = [i for i, name in enumerate(rows[0]) if name not in ("seconds", "SPS")]
-        return [[row[i] for i in keep] for row in rows]
-
-    assert curve(rest["run_dir"]) == curve(whole["run_dir"]) and len(curve(rest["run_dir"])) == 5
-
-
 def test_checkpoint_round_trip_and_frozen_statistics(tmp_path, monkeypatch):
     trained, original = [], ppo.evaluate_policy
     monkeypatch.setattr(ppo, "evaluate_policy", lambda policy, *rest: trained.append(policy) or original(policy, *rest))
@@ -927,20 +874,3 @@ def test_a_signal_is_caught_though_nobody_reads_stderr(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compiled", ["on", "off"])
-def test_trains_on_cuda(tmp_path, compiled):
-    flags = {**SMALL, "compile": compiled, "device": "cuda", "eval_episodes": 1, "env_id": "Pendulum-v1"}
-    result = train(Args(**flags, total_timesteps=640, run_dir=str(tmp_path / "run")))
-    assert result["steps"] == 640 and math.isfinite(result["eval_return"])
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_learns_inverted_pendulum(tmp_path, seed):
-    args = Args(
-        env_id="InvertedPendulum-v5", total_timesteps=100_000, seed=seed, compile="off", run_dir=str(tmp_path / "run")
-    )
-    result = train(args)
-    assert result["eval_return"] >= 900

@@ -6,21 +6,18 @@ What it shares with ppo_continuous.py, byte for byte, is tested there.
 import copy
 import itertools
 import math
-import os
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_ppo_continuous import fingerprint
+from test_continuous import SMALL
 
 import trpo_continuous as trpo
 from trpo_continuous import Args, train
 
 SCRIPT = Path(trpo.__file__)
-SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2, "compile": "off", "eval_episodes": 0}
 
 
 def spd(n, seed=0):
@@ -358,30 +355,6 @@ def test_compiled_value_step_equals_eager(capsys):
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_run(tmp_path):
-    hashes = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        args = Args(**SMALL, env_id="Hopper-v5", total_timesteps=320, seed=seed, run_dir=str(tmp_path / name))
-        hashes.append(fingerprint(train(args)["checkpoint"]))
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch):
-    flags = {**SMALL, "num_steps": 1000, "num_minibatches": 10, "total_timesteps": 8000, "fisher_subsample": 0.5}
-    whole = train(Args(**flags, run_dir=str(tmp_path / "whole")))
-    original = trpo.check_finite
-    monkeypatch.setattr(
-        trpo,
-        "check_finite",
-        lambda step, **x: os.kill(os.getpid(), signal.SIGTERM) if step == 2000 and "losses" in x else None,
-    )
-    half = train(Args(**flags, run_dir=str(tmp_path / "parts")))
-    monkeypatch.setattr(trpo, "check_finite", original)
-    assert half["steps"] == 4000 and half["signal"] == signal.SIGTERM and half["eval_return"] is None
-    rest = train(Args(**flags, resume=half["checkpoint"]))
-    assert rest["steps"] == 8000 and fingerprint(rest["checkpoint"]) == fingerprint(whole["checkpoint"])
-
-
 @pytest.mark.parametrize("annealed", [True, False])
 def test_train_wires_its_parts_together(tmp_path, monkeypatch, annealed):
     rollouts, updates, original_collect, original_update = [], [], trpo.collect, trpo.update
@@ -495,19 +468,3 @@ def test_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--evaluate", result["checkpoint"], "--eval-episodes", "2"])
     assert trpo.main() == 0
     assert "over 2 episodes" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compiled", ["on", "off"])
-def test_trains_on_cuda(tmp_path, compiled):
-    flags = {**SMALL, "compile": compiled, "device": "cuda", "eval_episodes": 1, "env_id": "Pendulum-v1"}
-    result = train(Args(**flags, total_timesteps=640, run_dir=str(tmp_path / "run")))
-    assert result["steps"] == 640 and math.isfinite(result["eval_return"])
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_learns_inverted_pendulum(tmp_path, seed):
-    args = Args(
-        env_id="InvertedPendulum-v5", total_timesteps=100_000, seed=seed, compile="off", run_dir=str(tmp_path / "run")
-    )
-    assert train(args)["eval_return"] >= 900
