@@ -201,7 +201,7 @@ def test_running_statistics_in_batches_are_those_of_all_rows():
 
 def make_policy(low=-1.0, high=1.0, dims=2, **flags):
     space = gym.spaces.Box(np.full(dims, low, np.float32), np.full(dims, high, np.float32))
-    return ppo.Policy(3, space, Args(**flags))
+    return ppo.Policy((3,), space, Args(**flags))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ class PerfectCritic:
 def test_perfect_critic_has_no_advantage_to_report(env_id, finite):
     args = Args(norm_obs=False, norm_adv=False)
     envs = ppo.make_envs(env_id, 2, seed=0)
-    policy = ppo.Policy(1, envs.envs[0].action_space, args)
+    policy = ppo.Policy((1,), envs.envs[0].action_space, args)
     rollout = ppo.collect(envs, policy, torch.Generator(), num_steps=10)
     assert rollout.done.sum() == 6 and rollout.terminated.sum() == (6 if finite else 0)
     adv, returns, values = ppo.advantages(policy, PerfectCritic(finite, args.gamma), rollout, args)
@@ -379,7 +379,7 @@ def test_perfect_critic_has_no_advantage_to_report(env_id, finite):
 def test_advantages_take_the_value_of_the_true_successor(env_id):
     args = Args(norm_obs=False, gamma=0.9, gae_lambda=0.0)
     envs = ppo.make_envs(env_id, 2, seed=0)
-    policy = ppo.Policy(1, envs.envs[0].action_space, args)
+    policy = ppo.Policy((1,), envs.envs[0].action_space, args)
     rollout = ppo.collect(envs, policy, torch.Generator(), num_steps=10)
 
     def critic(obs):
@@ -444,7 +444,7 @@ def make_iteration(env_id="Pendulum-v1", **flags):
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(0)
     envs = ppo.make_envs(args.env_id, args.num_envs, args.seed)
-    policy = ppo.Policy(envs.obs.shape[1], envs.envs[0].action_space, args)
+    policy = ppo.Policy(envs.obs.shape[1:], envs.envs[0].action_space, args)
     critic = ppo.Critic(envs.obs.shape[1], args)
     policy.obs_stats.update(ppo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
     rollout = ppo.collect(envs, policy, rng, args.num_steps)
@@ -694,7 +694,7 @@ def test_checkpoint_round_trip_and_frozen_statistics(tmp_path, monkeypatch):
     flags = {**SMALL, "eval_episodes": 2, "env_id": "Pendulum-v1", "total_timesteps": 256}
     result = train(Args(**flags, run_dir=str(tmp_path / "run")))
     saved = ppo.load_checkpoint(result["checkpoint"])
-    policy = ppo.Policy(3, gym.make("Pendulum-v1").action_space, Args(**saved["args"]))
+    policy = ppo.Policy((3,), gym.make("Pendulum-v1").action_space, Args(**saved["args"]))
     policy.load_state_dict(saved["policy"])
     obs = 3 * np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     np.testing.assert_allclose(policy.act(obs)[1], trained[0].act(obs)[1], rtol=1e-5)

@@ -30,7 +30,7 @@ def make_policy(obs_dim=3, action_dim=2, **flags):
     """Policy in float64 with statistics and a last layer of ordinary size, whose KL has curvature everywhere."""
     torch.manual_seed(1)
     space = trpo.gym.spaces.Box(-1, 1, (action_dim,))
-    policy = trpo.Policy(obs_dim, space, Args(**{"hidden_sizes": (5,), **flags})).double()
+    policy = trpo.Policy((obs_dim,), space, Args(**{"hidden_sizes": (5,), **flags})).double()
     policy.obs_stats.update(2 * torch.randn(50, obs_dim, dtype=torch.float64) + 1)
     with torch.no_grad():
         for param in policy.parameters():
@@ -208,7 +208,7 @@ def test_policy_step_is_the_closed_form_natural_gradient_on_a_gaussian_bandit():
     for natural_step, damping in itertools.product((None, 0.1), (0.0, 5.0)):
         flags = {"hidden_sizes": (), "log_std_init": -1.0, "norm_obs": False, "cg_damping": damping, "max_kl": 0.01}
         args = Args(**flags, line_search=False, natural_step=natural_step)
-        policy = trpo.Policy(1, space, args).double()
+        policy = trpo.Policy((1,), space, args).double()
         layer = policy.mean_net.layers[0]
         layer.weight.requires_grad_(False)
         policy.parameters = lambda layer=layer: iter([layer.bias])  # θ, the bias, alone
@@ -244,10 +244,8 @@ def test_natural_gradient_does_not_depend_on_the_parametrization():
 def test_fisher_subsample_estimates_curvature_on_part_of_the_batch(monkeypatch):
     policy, seen = make_policy(), []
     obs, actions, adv = make_batch(policy)
-    original = trpo.fisher_vector_product
-    monkeypatch.setattr(
-        trpo, "fisher_vector_product", lambda p, o, *rest, **kw: seen.append(o) or original(p, o, *rest, **kw)
-    )
+    original = trpo.fisher_operator
+    monkeypatch.setattr(trpo, "fisher_operator", lambda p, o, damping: seen.append(o) or original(p, o, damping))
     trpo.policy_step(policy, obs, actions, adv, torch.Generator().manual_seed(0), Args(fisher_subsample=0.1))
     assert {len(x) for x in seen} == {20} and all(torch.equal(x, seen[0]) for x in seen)
     distance = (seen[0][:, None] - obs[None]).abs().sum(-1)
@@ -279,7 +277,7 @@ def make_iteration(**flags):
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(0)
     envs = trpo.make_envs(args.env_id, args.num_envs, args.seed)
-    policy = trpo.Policy(envs.obs.shape[1], envs.envs[0].action_space, args)
+    policy = trpo.Policy(envs.obs.shape[1:], envs.envs[0].action_space, args)
     critic = trpo.Critic(envs.obs.shape[1], args)
     policy.obs_stats.update(trpo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
     rollout = trpo.collect(envs, policy, rng, args.num_steps)
