@@ -228,7 +228,7 @@ class Policy(nn.Module):
         for filters, kernel, stride in convolutions:
             self.convs.append(nn.Conv2d(channels, filters, kernel, stride))
             channels, size = filters, [(x - kernel) // stride + 1 for x in size]
-        self.hidden = nn.Linear(channels * math.prod(size), args.hidden_size)  # 3136 inputs, of 84 x 84 pixels
+        self.hidden = nn.Conv2d(channels, args.hidden_size, size)  # fully connected, to 7 x 7 of 84 x 84 pixels
         self.policy_head = nn.Linear(args.hidden_size, int(action_space.n))
         self.value_head = nn.Linear(args.hidden_size, 1)
         gains = {self.policy_head: 0.01, self.value_head: 1.0}
@@ -241,10 +241,9 @@ class Policy(nn.Module):
         """Raw images (…, C, H, W) in 0-255 -> logits z (…, A) and V (…,)."""
         x = obs.flatten(0, -4).to(torch.float32, memory_format=torch.channels_last) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            for conv in self.convs:
+            for conv in (*self.convs, self.hidden):
                 x = torch.relu(conv(x))
-            x = torch.relu(self.hidden(x.flatten(1)))
-        x = x.float().unflatten(0, obs.shape[:-3])
+        x = x.float().view(*obs.shape[:-3], -1)
         return self.policy_head(x), self.value_head(x).squeeze(-1)
 
     @torch.inference_mode()

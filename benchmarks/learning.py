@@ -1,11 +1,11 @@
-"""Train a script with its default flags on the MuJoCo tasks and keep the learning curves.
+"""Train a script on its tasks and keep the learning curves.
 
     python benchmarks/learning.py --script ppo_continuous --seeds 1 2 3 --workers 2
 
-Each run leaves benchmarks/results/mujoco/<script>__<task>__s<seed>.csv (step, mean return of the last 100 training
-episodes, largest mean KL of an update since the row before; about 100 rows) and a row in index.csv beside it (command,
-hash of the script, final scores, seconds). A run whose row is there is not done again (delete the row for that); a
-half-done one starts anew. Ends with the table of means.
+Each run leaves <script>__<task>__s<seed>.csv (step, mean return of the last 100 training episodes, largest mean KL of
+an update since the row before; about 100 rows) in benchmarks/results/mujoco or atari, and a row in index.csv beside it
+(command, hash of the script, final scores, seconds). A run whose row is there is not done again (delete the row for
+that); a half-done one goes on from its checkpoint. Ends with the table of means.
 """
 
 import csv
@@ -25,34 +25,42 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "mujoco"
+RESULTS = ROOT / "benchmarks" / "results"
+SUITES = {"ppo_continuous": "mujoco", "trpo_continuous": "mujoco", "ppo_atari": "atari"}
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5")
 TASKS = {  # the flags that differ from the defaults
     "ppo_continuous": dict.fromkeys((*FOUR, "InvertedPendulum-v5", "Reacher-v5"), ""),
     "trpo_continuous": dict.fromkeys(FOUR, "") | {"Swimmer-v5": "--gamma 0.9999"},
+    "ppo_atari": {"ALE/Breakout-v5": "--total-timesteps 1_000_000", "ALE/Pong-v5": "--total-timesteps 5_000_000"},
 }
+SEEDS = {"ppo_continuous": (1, 2, 3), "trpo_continuous": (1, 2, 3), "ppo_atari": (1,)}
 SCORES = ["steps", "last100", "deterministic", "sampled"]
 COLUMNS = ["script", "task", "seed", *SCORES, "seconds", "script_sha256", "command"]
 
 
 @dataclass
 class Args:
-    script: Literal["ppo_continuous", "trpo_continuous"] = "ppo_continuous"  # which script
+    script: Literal["ppo_continuous", "trpo_continuous", "ppo_atari"] = "ppo_continuous"  # which script
     tasks: tuple[str, ...] = ()  # Gymnasium ids; default all that the script has bars for
-    seeds: tuple[int, ...] = (1, 2, 3)  # one run each
+    seeds: tuple[int, ...] = ()  # one run each; default 1 2 3, for Atari 1
     workers: int = 2  # runs at a time, one thread each
     runs: Path = ROOT / "runs" / "learning"  # run folders, not kept in git
 
 
-def index() -> list[dict[str, str]]:
-    """Rows of index.csv."""
-    path = RESULTS / "index.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
+def index(script: str) -> list[dict[str, str]]:
+    """Rows of a script in its index.csv."""
+    path = RESULTS / SUITES[script] / "index.csv"
+    return [row for row in csv.DictReader(path.open()) if row["script"] == script] if path.exists() else []
+
+
+def curve_path(script: str, task: str, seed: int | str) -> Path:
+    """Where the curve of a run is kept."""
+    return RESULTS / SUITES[script] / f"{script}__{Path(task).name}__s{seed}.csv"
 
 
 def curve(row: dict[str, str]) -> list[tuple[int, float, float]]:
     """(step, mean return of the last 100 training episodes, largest mean KL) of a run."""
-    with (RESULTS / f"{row['script']}__{row['task']}__s{row['seed']}.csv").open() as file:
+    with curve_path(row["script"], row["task"], row["seed"]).open() as file:
         return [tuple(map(float, cells.values())) for cells in csv.DictReader(file)]
 
 
@@ -66,14 +74,14 @@ def worst_drop(rows: list[tuple[int, float, float]]) -> float:
     return min(ratios)
 
 
-def table(script: str, tasks: tuple[str, ...] = (), seeds: tuple[int, ...] = (1, 2, 3)) -> str:
+def table(script: str, tasks: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> str:
     """Markdown table of the means over seeds in index.csv, with the single values."""
     trust = script == "trpo_continuous"
     head = ["task", "last 100 training episodes", "deterministic evaluation"]
     head += ["largest mean KL", "lowest / best so far"] if trust else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for task in tasks or TASKS[script]:
-        rows = [r for r in index() if (r["script"], r["task"]) == (script, task) and int(r["seed"]) in seeds]
+        rows = [r for r in index(script) if r["task"] == task and int(r["seed"]) in (seeds or SEEDS[script])]
         if not rows:
             continue
         cells = []
@@ -94,7 +102,7 @@ def extract(run_dir: Path, script: str, task: str, seed: int, command: str) -> d
     rows = list(csv.DictReader((run_dir / "progress.csv").open()))
     evaluation = json.loads((run_dir / "eval.json").read_text())
     every = max(1, len(rows) // 100)
-    with (RESULTS / f"{script}__{task}__s{seed}.csv").open("w") as file:
+    with curve_path(script, task, seed).open("w") as file:
         file.write("step,episodic_return,largest_kl\n")
         for end in range((len(rows) - 1) % every + 1, len(rows) + 1, every):
             kl = max(float(r["approx_kl"]) for r in rows[max(0, end - every) : end])
@@ -109,10 +117,14 @@ def extract(run_dir: Path, script: str, task: str, seed: int, command: str) -> d
 
 def run(script: str, task: str, seed: int, folder: Path) -> dict[str, str]:
     """Train one run to its end; -> its row of index.csv. Raises RuntimeError with the last line of a failed run."""
-    run_dir = folder / f"{script}__{task}__s{seed}"
-    shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed
+    run_dir = folder / curve_path(script, task, seed).stem
+    checkpoint = run_dir / "checkpoint.pt"
     command = ["python", f"{script}.py", "--env-id", task, "--seed", str(seed), *TASKS[script].get(task, "").split()]
     line = [sys.executable, *command[1:], "--run-dir", str(run_dir)]
+    if checkpoint.exists():
+        line = [*line[:2], "--resume", str(checkpoint)]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed before its first checkpoint
     done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} seed {seed} failed: {(done.stderr or done.stdout).splitlines()[-1]}")
@@ -120,10 +132,11 @@ def run(script: str, task: str, seed: int, folder: Path) -> dict[str, str]:
 
 
 def main(args: Args) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    tasks = args.tasks or tuple(TASKS[args.script])
-    done = {(row["script"], row["task"], row["seed"]) for row in index()}
-    todo = [(t, s) for s in args.seeds for t in tasks if (args.script, t, str(s)) not in done]
+    path = RESULTS / SUITES[args.script] / "index.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks, seeds = args.tasks or tuple(TASKS[args.script]), args.seeds or SEEDS[args.script]
+    done = {(row["task"], row["seed"]) for row in index(args.script)}
+    todo = [(task, seed) for seed in seeds for task in tasks if (task, str(seed)) not in done]
     with ThreadPoolExecutor(args.workers) as pool:
         futures = [pool.submit(run, args.script, task, seed, args.runs) for task, seed in todo]
         for future in tqdm(futures, unit="run"):
@@ -132,11 +145,11 @@ def main(args: Args) -> None:
             except RuntimeError as error:
                 print(error, file=sys.stderr)
                 continue
-            new = not (RESULTS / "index.csv").exists()
-            with (RESULTS / "index.csv").open("a") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+            new = not path.exists()
+            with path.open("a") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writerows(([dict(zip(COLUMNS, COLUMNS, strict=True))] if new else []) + [row])
-    print(table(args.script, tasks, args.seeds))
+    print(table(args.script, tasks, seeds))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/speed.py --script ppo_continuous --task HalfCheetah-v5 --repetitions 5
 
-The peer is Stable-Baselines3's PPO, or sb3-contrib's TRPO, with its default flags. Each repetition trains every
-contestant once for `--steps` steps, each in a process of its own with one thread, one after the other in an order that
-turns, so that a slow minute of the machine hits all alike. A run's figure is steps / seconds from the end of its first
+The peer is Stable-Baselines3's PPO, or sb3-contrib's TRPO, with its default flags; for Atari with the flags that are
+ppo_atari.py's defaults. Each repetition trains every contestant once, each in a process of its own, with one thread for
+MuJoCo and one a core for Atari, one after the other in an order that turns, so that a slow minute of the machine hits
+all alike. A run's figure is steps / seconds from the end of its first
 iteration to the end of its last, everything included (environment, inference, update, logging). What passes from the
 start of the process to the end of the first iteration, compilation among it, is reported apart as start-up: cold in the
 first repetition (empty compile cache), warm in the others. Compilation is forced on, as these runs are too short for
 `--compile auto`. Peak memory is the main process's, without the compiler's. The table gives the median over repetitions
 and the range, and the median over repetitions of the ratio to the peer; below it, where the time of the first
-contestant after the peer goes.
+contestant after the peer goes. For Atari, the last line has the limits: ALE and the compiled minibatch step alone, and
+the steps/s that they would allow one after the other.
 """
 
 import functools
@@ -31,8 +33,9 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).parents[1]
-PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib"}
-CONTESTANTS = {  # both: 2048 steps an iteration, 10 epochs, two hidden layers of 64; as the peer's defaults
+PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib", "ppo_atari": "sb3"}
+BATCH = {"ppo_continuous": 2048, "trpo_continuous": 2048, "ppo_atari": 1024}  # steps an iteration
+CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the peer's defaults
     "ppo_continuous": {  # minibatches of 64
         "default": "",
         "1 x 2048": "--num-envs 1 --num-steps 2048",
@@ -43,15 +46,17 @@ CONTESTANTS = {  # both: 2048 steps an iteration, 10 epochs, two hidden layers o
         "1 x 2048": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --num-envs 1 --num-steps 2048",
         "not compiled": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
     },
+    "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off"},
 }
-PARTS = {"Envs.step", "Policy.act", "advantages", "conjugate_gradient", "line_search", "policy_step", "update"}
+PARTS = {"Envs.step", "AtariEnvs.step", "Policy.act", "advantages", "fisher_operator", "conjugate_gradient"}
+PARTS |= {"line_search", "policy_step", "update"}
 
 
 @dataclass
 class Args:
-    script: Literal["ppo_continuous", "trpo_continuous"] = "ppo_continuous"  # which script
-    task: str = "HalfCheetah-v5"  # Gymnasium id
-    steps: int = 40_960  # training steps of each run
+    script: Literal["ppo_continuous", "trpo_continuous", "ppo_atari"] = "ppo_continuous"  # which script
+    task: str | None = None  # Gymnasium id; default HalfCheetah-v5 or ALE/Breakout-v5
+    steps: int | None = None  # training steps of each run; default twenty iterations, of Atari ten
     repetitions: int = 5  # runs of each contestant
     out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<script>__<task>.csv
     one: str | None = None  # run this contestant once in this process (what the script does to itself)
@@ -62,10 +67,10 @@ def run_peer(args: Args) -> list[float]:
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
-    if args.script == "ppo_continuous":
-        from stable_baselines3 import PPO as Peer
-    else:
+    if args.script == "trpo_continuous":
         from sb3_contrib import TRPO as Peer
+    else:
+        from stable_baselines3 import PPO as Peer
 
     class Clock(BaseCallback):
         times: list[float] = []
@@ -76,9 +81,20 @@ def run_peer(args: Args) -> list[float]:
         def _on_step(self) -> bool:
             return True
 
-    torch.set_num_threads(1)
     clock = Clock()
-    Peer("MlpPolicy", args.task, device="cpu", seed=1).learn(args.steps, callback=clock)
+    if args.script == "ppo_atari":
+        import ale_py  # noqa: F401  registers its games
+        from stable_baselines3.common.env_util import make_atari_env
+        from stable_baselines3.common.vec_env import VecFrameStack
+
+        game = args.task.removeprefix("ALE/").removesuffix("-v5") + "NoFrameskip-v4"  # its wrappers skip frames
+        envs = VecFrameStack(make_atari_env(game, n_envs=8, seed=1), n_stack=4)
+        flags = {"n_steps": 128, "n_epochs": 4, "batch_size": 256, "learning_rate": 2.5e-4, "clip_range": 0.1}
+        peer = Peer("CnnPolicy", envs, ent_coef=0.01, **flags, device="cpu", seed=1)
+    else:
+        torch.set_num_threads(1)
+        peer = Peer("MlpPolicy", args.task, device="cpu", seed=1)
+    peer.learn(args.steps, callback=clock)
     return [*clock.times[1:], time.time()]  # the first rollout starts iteration 1, which has not ended
 
 
@@ -123,11 +139,43 @@ def run_script(args: Args) -> tuple[list[float], dict[str, float]]:
     return times, {part: sum(seconds) for part, seconds in spent.items() if seconds}
 
 
+def atari_limits(task: str) -> dict[str, float]:
+    """Steps/s of ALE alone, samples/s of the compiled minibatch step alone, and steps/s of both in turn."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import torch
+
+    import ppo_atari
+
+    args = ppo_atari.Args(compile="on")
+    envs = ppo_atari.make_envs(task, args.num_envs, 1, ale=args.ale)
+    actions = np.random.default_rng(1).integers(envs.action_space.n, size=(500, args.num_envs))
+    policy = ppo_atari.Policy(envs.obs.shape[1:], envs.action_space, args)
+    adam = ppo_atari.Adam(sum(param.numel() for param in policy.parameters()), 1e-4, 1e-5)
+    size = args.batch_size // args.num_minibatches
+    obs, zeros = torch.randint(256, (size, *envs.obs.shape[1:]), dtype=torch.uint8), torch.zeros(size)
+    minibatch = ppo_atari.Minibatch(obs, zeros.long(), policy(obs)[0].detach(), zeros, zeros, torch.randn(size), zeros)
+    step, eps = ppo_atari.compile_or_eager(ppo_atari.minibatch_step, args, torch.device("cpu")), torch.tensor(0.1)
+    tries = {"ALE": lambda: [envs.step(a) for a in actions], "CNN": lambda: step(policy, adam, minibatch, eps, args)}
+    times = {}
+    for name, repetitions in (("ALE", 4), ("CNN", 12)):
+        spent = []
+        for _ in range(repetitions):
+            timed(tries[name], spent)()
+        times[name] = statistics.median(spent[2:])
+    ale, cnn = args.num_envs * len(actions) / times["ALE"], size / times["CNN"]
+    return {"ALE steps/s": ale, "CNN samples/s": cnn, "limit": 1 / (1 / ale + args.update_epochs / cnn)}
+
+
 def run_once(args: Args) -> None:
     """Print one JSON line: start-up seconds, steps/s, peak memory, seconds in parts per second of training."""
+    if args.one == "limits":
+        print(json.dumps(atari_limits(args.task)))
+        return
     times, spent = (run_peer(args), {}) if args.one in PEERS.values() else run_script(args)
     peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, times[-1] - times[0]
-    result = {"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": 2048 * (len(times) - 1) / seconds}
+    sps = BATCH[args.script] * (len(times) - 1) / seconds
+    result = {"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": sps}
     print(json.dumps(result | {"peak_mb": peak, "parts": {part: s / seconds for part, s in spent.items()}}))
 
 
@@ -146,11 +194,14 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
             f"| {runs[0]['start_up_s']:.1f} / {warm:.1f} | {max(r['peak_mb'] for r in runs):.0f} |"
         )
     share = {part: statistics.median(r["parts"][part] for r in results[first]) for part in results[first][0]["parts"]}
-    parts = {"environment": share["Envs.step"], "acting": share["Policy.act"]}
+    parts = {"environment": share.get("Envs.step") or share["AtariEnvs.step"], "acting": share["Policy.act"]}
     if "policy_step" in share:
-        parts |= {"conjugate gradients": share["conjugate_gradient"], "line search": share["line_search"]}
-        parts["rest of the policy step"] = share["policy_step"] - share["conjugate_gradient"] - share["line_search"]
+        parts["conjugate gradients"] = share["fisher_operator"] + share["conjugate_gradient"]
+        parts["line search"] = share["line_search"]
+        parts["rest of the policy step"] = share["policy_step"] - parts["conjugate gradients"] - share["line_search"]
         parts["critic"] = share["update"] - share["policy_step"]
+    elif "advantages" not in share:
+        parts["update"] = share["update"]
     else:
         parts |= {"advantages": share["advantages"], "rest of the update": share["update"] - share["advantages"]}
     parts["all else"] = 1 - sum(parts.values())
@@ -158,7 +209,7 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
 
 
 def main(args: Args) -> None:
-    out = args.out or ROOT / "benchmarks" / "results" / "speed" / f"{args.script}__{args.task}.csv"
+    out = args.out or ROOT / "benchmarks" / "results" / "speed" / f"{args.script}__{Path(args.task).name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     names = [PEERS[args.script], *CONTESTANTS[args.script]]
     results = {name: [] for name in names}
@@ -169,7 +220,8 @@ def main(args: Args) -> None:
             for name in names[first:] + names[:first]:
                 command = [sys.executable, __file__, "--script", args.script, "--task", args.task]
                 command += ["--steps", str(args.steps), "--one", name]
-                environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
+                threads = os.cpu_count() if args.script == "ppo_atari" else 1
+                environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": str(threads)}
                 environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name.replace(' ', '_')}"  # g++ can't have spaces
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if "not compiled: " in done.stdout:
@@ -182,8 +234,15 @@ def main(args: Args) -> None:
                 file.write(f"{name},{repetition + 1},{figures}\n")
                 print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
     print_table(args.task, results)
+    if args.script == "ppo_atari":
+        done = subprocess.run([*command[:-1], "limits"], env=environment, capture_output=True, text=True, check=True)
+        limits = json.loads(done.stdout.splitlines()[-1])
+        print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
 
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__)
+    atari = arguments.script == "ppo_atari"
+    arguments.task = arguments.task or ("ALE/Breakout-v5" if atari else "HalfCheetah-v5")
+    arguments.steps = arguments.steps or (10 if atari else 20) * BATCH[arguments.script]
     run_once(arguments) if arguments.one else main(arguments)

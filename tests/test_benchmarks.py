@@ -12,7 +12,7 @@ from benchmarks import learning, speed
 ROOT = Path(__file__).parents[1]
 
 
-each_script = pytest.mark.parametrize("script", sorted({row["script"] for row in learning.index()}))
+each_script = pytest.mark.parametrize("script", [script for script in learning.TASKS if learning.index(script)])
 
 
 @each_script
@@ -27,9 +27,9 @@ def test_score_tables_are_made_from_the_results(script, readme):
 
 @each_script
 def test_every_result_has_its_curve_and_command(script):
-    rows = [row for row in learning.index() if row["script"] == script]
-    assert sorted((row["task"], row["seed"]) for row in rows) == sorted(
-        (task, seed) for task in learning.TASKS[script] for seed in "123"
+    rows = learning.index(script)
+    assert sorted((row["task"], int(row["seed"])) for row in rows) == sorted(
+        (task, seed) for task in learning.TASKS[script] for seed in learning.SEEDS[script]
     )
     assert len({row["script_sha256"] for row in rows}) == 1  # all of one version of the script
     for row in rows:
@@ -37,7 +37,7 @@ def test_every_result_has_its_curve_and_command(script):
         command = f"python {script}.py --env-id {row['task']} --seed {row['seed']} {flags}"
         assert row["command"] == command.strip()
         curve = learning.curve(row)
-        assert 90 <= len(curve) <= 130 and curve[-1][0] == int(row["steps"]) == 999424
+        assert 90 <= len(curve) <= 130 and curve[-1][0] == int(row["steps"]) >= 999424
         assert curve[-1][1] == pytest.approx(float(row["last100"]), abs=0.01)
 
 

@@ -76,8 +76,10 @@ def test_network_computes_what_stock_modules_do():
     torch.manual_seed(0)
     policy = ppo.Policy((4, 84, 84), gym.spaces.Discrete(6), Args(orthogonal_init=False))
     relu, flatten = torch.nn.ReLU(), torch.nn.Flatten()
+    hidden = torch.nn.Linear(64 * 7 * 7, 512)
+    hidden.weight, hidden.bias = torch.nn.Parameter(policy.hidden.weight.flatten(1)), policy.hidden.bias
     stock = torch.nn.Sequential(
-        *(layer for conv in policy.convs for layer in (conv, relu)), flatten, policy.hidden, relu, policy.policy_head
+        *(layer for conv in policy.convs for layer in (conv, relu)), flatten, hidden, relu, policy.policy_head
     )
     frames = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
     torch.testing.assert_close(policy(frames)[0], stock(frames.double().div(255).float()), atol=1e-5, rtol=1e-4)
