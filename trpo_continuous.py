@@ -42,7 +42,7 @@ Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
     --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
-    --adv-floor 0                       δ the same however small the advantages
+    --no-adapt-kl                       δ the same where V explains none of the returns
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -115,7 +115,7 @@ class Args:
     norm_adv: bool = True  # standardize advantages over the batch
     max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
     anneal_kl: bool = True  # anneal δ linearly to zero
-    adv_floor: float = 0.03  # where the std of (scaled) advantages is below this, δ shrinks by their ratio²; 0 = off
+    adapt_kl: bool = True  # shrink δ where V's error exceeds the spread of the returns, by the ratio of variances²
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
     cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
@@ -576,15 +576,15 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    The step is as long as δ allows, however small the gradient: where V explains all but noise, as once a task is
-    solved, it would follow the noise. There δ shrinks, as the square of the advantages' std. `step` is value_step,
-    compiled or not.
+    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, V errs by
+    more than they do, and full steps along its errors lose what was learned. So δ shrinks where Var[Â] / Var[R], which
+    is 1 - explained variance, exceeds 1: by its square. `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     explained_variance = 1 - (returns - values).var() / returns.var()
-    shrink = min(1.0, (returns - values).std().item() / args.adv_floor) ** 2 if args.adv_floor else 1.0
-    stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * shrink))
+    trust = min(1.0, (returns.var() / (returns - values).var()).item()) ** 2 if args.adapt_kl else 1.0
+    stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, generator=rng).to(obs.device)
@@ -683,7 +683,7 @@ CHECKS = (
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps adv_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
+    ("seed eval_episodes adam_eps cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
     ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
