@@ -576,9 +576,9 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, V errs by
-    more than they do, and full steps along its errors lose what was learned. So δ shrinks where Var[Â] / Var[R], which
-    is 1 - explained variance, exceeds 1: by its square. `step` is value_step, compiled or not.
+    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, V errs
+    by more than they do, and full steps along its errors lose what was learned. So δ shrinks where Var[Â] / Var[R],
+    which is 1 - explained variance, exceeds 1: by its square. `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
