@@ -41,8 +41,8 @@ Equation map: equation -> function -> symbol
 Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
-    --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
-    --no-adapt-kl                       δ the same where V explains none of the returns
+    --no-anneal-kl                      δ constant, at 0.01 as in the paper's experiments
+    --adv-floor 0                       δ the same however little is to be gained
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -109,13 +109,13 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
     clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
     # algorithm
-    num_steps: int = 128  # T, steps per environment and iteration
+    num_steps: int = 64  # T, steps per environment and iteration
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
     norm_adv: bool = True  # standardize advantages over the batch
-    max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
+    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
     anneal_kl: bool = True  # anneal δ linearly to zero
-    adapt_kl: bool = True  # shrink δ where V's error exceeds the spread of the returns, by the ratio of variances²
+    adv_floor: float = 0.04  # shrink δ where little is to be gained: advantages, as scaled, of less std; 0 = never
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
     cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
@@ -125,7 +125,7 @@ class Args:
     line_search_decay: float = 0.8  # each length is the one before times this
     natural_step: float | None = None  # α of a step α x, instead of the length that δ allows
     update_epochs: int = 10  # passes of the value network over the batch of N x T samples
-    num_minibatches: int = 16  # minibatches per pass; the minibatch size is N x T / this
+    num_minibatches: int = 8  # minibatches per pass; the minibatch size is N x T / this
     learning_rate: float = 1e-3  # Adam's step size, for the value network
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
@@ -576,14 +576,16 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, V errs
-    by more than they do, and full steps along its errors lose what was learned. So δ shrinks where Var[Â] / Var[R],
-    which is 1 - explained variance, exceeds 1: by its square. `step` is value_step, compiled or not.
+    A step is as long as δ allows, however little is to be gained. Once a task is solved, what is left of the advantages
+    is noise and V's error, and full steps along them lose what was learned. So δ shrinks by trust, the square of the
+    smaller of std[Â] / `adv_floor` and Var[R] / Var[Â], which is less than 1 where V explains none of the returns.
+    `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    explained_variance = 1 - (returns - values).var() / returns.var()
-    trust = min(1.0, (returns.var() / (returns - values).var()).item()) ** 2 if args.adapt_kl else 1.0
+    adv_var, floor = (returns - values).var(), args.adv_floor
+    explained_variance = 1 - adv_var / returns.var()
+    trust = min(1.0, adv_var.sqrt().item() / floor, (returns.var() / adv_var).item()) ** 2 if floor else 1.0
     stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):
@@ -624,8 +626,7 @@ def train(args: Args) -> dict:
     episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
     reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
     total_steps = args.num_iterations * args.batch_size
-    num_params = sum(param.numel() for param in (*policy.parameters(), *params))
-    with Log(args, device, step, num_params) as log:
+    with Log(args, device, step, sum(param.numel() for param in (*policy.parameters(), *params))) as log:
 
         def checkpoint() -> str:
             state = {"step": step, "rejected": rejected, "episodes": list(episodes), "env_rng_states": envs.rng_states}
@@ -683,7 +684,7 @@ CHECKS = (
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
+    ("seed eval_episodes adam_eps adv_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
     ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
