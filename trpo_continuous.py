@@ -576,10 +576,10 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, and what
-    is left of the advantages is V's error: full steps along it lose what was learned. So δ shrinks by trust, the square
-    of the smaller of std[R] / `return_floor` and Var[R] / Var[Â], which is less than 1 where V explains none of the
-    returns. `step` is value_step, compiled or not.
+    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, and
+    advantages are V's error: full steps along it lose what was learned. So δ shrinks by trust, the square of the lesser
+    of std[R] / `return_floor` and Var[R] / Var[Â], which is less than 1 where V explains none of the returns. `step` is
+    value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
