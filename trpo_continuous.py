@@ -42,7 +42,7 @@ Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
     --no-anneal-kl                      δ constant, at 0.01 as in the paper's experiments
-    --return-floor 0                    δ the same however little is to be gained
+    --no-adapt-kl                       δ the same however little is to be gained
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -115,7 +115,8 @@ class Args:
     norm_adv: bool = True  # standardize advantages over the batch
     max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
     anneal_kl: bool = True  # anneal δ linearly to zero
-    return_floor: float = 0.1  # shrink δ where nothing is left to gain: returns, as scaled, of less std; 0 = never
+    adapt_kl: bool = True  # shrink δ where V explains none of the returns, as the square of Var[R] / Var[Â]
+    adv_floor: float = 0.0  # … and where advantages, as scaled, have less std than this; for tasks solved early
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
     cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
@@ -578,14 +579,14 @@ def update(
 
     A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, and
     advantages are V's error: full steps along it lose what was learned. So δ shrinks by trust, the square of the lesser
-    of std[R] / `return_floor` and Var[R] / Var[Â], which is less than 1 where V explains none of the returns. `step` is
+    of Var[R] / Var[Â], less than 1 where V explains none of the returns R, and std[Â] / `adv_floor`. `step` is
     value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    adv_var, floor = (returns - values).var(), args.return_floor
-    explained_variance = 1 - adv_var / returns.var()
-    trust = min(1.0, returns.std().item() / floor, (returns.var() / adv_var).item()) ** 2 if floor else 1.0
+    explained_variance = 1 - (returns - values).var() / returns.var()
+    gain = min((1 / (1 - explained_variance)).item(), (returns - values).std().item() / max(args.adv_floor, 1e-9))
+    trust = min(1.0, gain) ** 2 if args.adapt_kl else 1.0
     stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):
@@ -684,7 +685,7 @@ CHECKS = (
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps return_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
+    ("seed eval_episodes adam_eps adv_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
     ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )

@@ -30,7 +30,11 @@ SUITES = {"ppo_continuous": "mujoco", "trpo_continuous": "mujoco", "ppo_atari": 
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5")
 TASKS = {  # the flags that differ from the defaults
     "ppo_continuous": dict.fromkeys((*FOUR, "InvertedPendulum-v5", "Reacher-v5"), ""),
-    "trpo_continuous": dict.fromkeys(FOUR, "") | {"Swimmer-v5": "--gamma 0.9999 --gae-lambda 0.98 --log-std-init 0"},
+    "trpo_continuous": {
+        **dict.fromkeys(FOUR[:3], ""),
+        "InvertedDoublePendulum-v5": "--adv-floor 0.1",
+        "Swimmer-v5": "--gamma 0.9999 --gae-lambda 0.98 --log-std-init 0",
+    },
     "ppo_atari": {"ALE/Breakout-v5": "--total-timesteps 1_000_000", "ALE/Pong-v5": "--total-timesteps 5_000_000"},
 }
 SEEDS = {"ppo_continuous": (1, 2, 3), "trpo_continuous": (1, 2, 3), "ppo_atari": (1,)}
