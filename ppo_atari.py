@@ -34,6 +34,7 @@ Departures from the PPO paper (section 6.4, Table 5), and the flags that give th
     --no-norm-adv                       advantages not standardized over the minibatch
     --max-grad-norm inf                 gradients unclipped
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
+    (always on)                         DQN's network, as in baselines, instead of the smaller one of Mnih et al. 2016
     (always on)                         V(final observation) completes games cut by a time limit (Pardo eq. 6)
 
 Resuming restores weights, optimizer and random generators. Episodes in flight start anew, and ALE's random states can't
@@ -80,8 +81,8 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
     bf16: bool = False  # run the network in bfloat16 (autocast), its parameters, heads and losses in float32
     # environment
-    env_id: str = "ALE/Breakout-v5"  # Gymnasium id, of an ALE game or of images; module:Env-v0 for one of your own
-    num_envs: int = 8  # N, environments stepped in parallel
+    env_id: str = "ALE/Breakout-v5"  # Gymnasium id of images, or of an ALE game, whose other settings are these flags
+    num_envs: int = 8  # N, environments; ALE's are stepped in parallel, others in turn
     frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
     frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
@@ -326,7 +327,7 @@ class AtariEnvs:
     `terminated` may be a lost life (life_loss_info), after which the game goes on; `ended` counts whole games.
     """
 
-    def __init__(self, game: str, num_envs: int, seed: int, color: bool, **kwargs):
+    def __init__(self, game: str, num_envs: int, seed: int | tuple[int, ...], color: bool, **kwargs):
         import ale_py
 
         make = partial(
@@ -334,7 +335,7 @@ class AtariEnvs:
             episodic_life=False, **kwargs,
         )  # fmt: skip  # episodic_life would start a new game after each lost life
         self.ale = make(num_envs=num_envs, img_height=84, img_width=84, grayscale=True)
-        self.twin = make(num_envs=1, img_height=210, img_width=160, grayscale=False) if color else None
+        self.twin = make(num_envs=1, stack_num=1, img_height=210, img_width=160, grayscale=False) if color else None
         self.action_space, self.metadata = self.ale.single_action_space, {"render_fps": 60 / kwargs.get("frameskip", 4)}
         self.observation_space, self.rng_states = self.ale.single_observation_space, None
         self.envs, self.ended = [self] * num_envs, []
@@ -364,7 +365,7 @@ class AtariEnvs:
 def make_envs(
     env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, ale: dict | None = None, **kwargs
 ) -> Envs | AtariEnvs:
-    """`num_envs` ALE games, with the arguments `ale`, or environments of uint8 images and discrete actions.
+    """`num_envs` ALE games, with the arguments `ale`, or environments of uint8 images (C, H, W) and discrete actions.
 
     Raises InputError for any other.
     """
@@ -504,6 +505,8 @@ def train(args: Args) -> dict:
     progress come from the checkpoint, all else from `args`: start from `Args(**load_checkpoint(path)["args"])`.
     """
     check_args(args)
+    if args.norm_adv and args.num_minibatches == args.batch_size:
+        raise InputError("--num-minibatches leaves one sample in each, which can't be standardized: --no-norm-adv")
     device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
@@ -534,6 +537,7 @@ def train(args: Args) -> dict:
                 eps_clip = args.clip_coef * (1 - fraction if args.anneal_clip else 1.0)
 
                 rollout = collect(envs, policy, rng, frames)
+                check_finite(step, rewards=rollout.rewards)
                 episodes.extend(envs.ended)
                 envs.ended.clear()
                 if args.clip_rewards:
@@ -542,7 +546,7 @@ def train(args: Args) -> dict:
                 stats = update(policy, adam, compiled_step, rollout, eps_clip, rng, args)
                 losses = torch.tensor([stats[name] for name in LOSSES])
                 weights = torch.cat([param.detach().flatten() for param in params])
-                check_finite(step, rewards=rollout.rewards, losses=losses, parameters=weights)
+                check_finite(step, losses=losses, parameters=weights)
 
                 step += args.batch_size
                 log(step, adam.lr.item(), episodes, stats)
@@ -577,6 +581,7 @@ FIXED_ON_EVALUATION = "frame_stack hidden_size"
 FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs orthogonal_init"
 AUTO_DEVICE = "CUDA where there is a GPU"
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
+LONGEST_FILM = 3_000  # frames
 
 
 class InputError(ValueError):
@@ -597,7 +602,7 @@ def evaluate(
     fps = envs.envs[0].metadata.get("render_fps", 30)
     stride = max(1, round(fps / 25))  # steps a frame
     for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0:
+        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
             frames.append(envs.envs[0].render())
         _, rewards, terminated, truncated, obs = envs.step(act(obs))
         returns[going] += rewards[going]
@@ -782,7 +787,8 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        why = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
 
 
 def check_spaces(env: gym.Env, env_id: str) -> None:

@@ -667,6 +667,7 @@ FIXED_ON_RESUME = (
 )
 AUTO_DEVICE = "the networks are small"
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
+LONGEST_FILM = 3_000  # frames
 
 
 class InputError(ValueError):
@@ -687,7 +688,7 @@ def evaluate(
     fps = envs.envs[0].metadata.get("render_fps", 30)
     stride = max(1, round(fps / 25))  # steps a frame
     for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0:
+        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
             frames.append(envs.envs[0].render())
         _, rewards, terminated, truncated, obs = envs.step(act(obs))
         returns[going] += rewards[going]
@@ -865,7 +866,8 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        why = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
 
 
 def check_spaces(env: gym.Env, env_id: str) -> None:

@@ -26,7 +26,7 @@ Equation map: equation -> function -> symbol
     GAE eq. 16                     linear_recursion          Σ_l (γλ)^l δ_{t+l}
     GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
     TRPO eq. 14, PPO eq. 6         importance_surrogate      L(θ)
-    TRPO eqs. 56-57                fisher_vector_product     (F + damping I) v
+    TRPO eqs. 56-57                fisher_operator           v -> (F + damping I) v
     TRPO appendix C                conjugate_gradient        x, F x = g
     TRPO appendix C                max_kl_step               √(2δ / xᵀFx) x
     TRPO appendix C                line_search               θ_new
@@ -41,8 +41,8 @@ Equation map: equation -> function -> symbol
 Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
-    --no-anneal-kl                      δ constant, at 0.01 as in the paper's experiments
-    --no-adapt-kl                       δ the same however little is to be gained
+    --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
+    --no-adapt-kl                       δ the same however bad V is
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -109,14 +109,14 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
     clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
     # algorithm
-    num_steps: int = 64  # T, steps per environment and iteration
+    num_steps: int = 128  # T, steps per environment and iteration
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
     norm_adv: bool = True  # standardize advantages over the batch
-    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
+    max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
     anneal_kl: bool = True  # anneal δ linearly to zero
-    adapt_kl: bool = True  # shrink δ where V explains none of the returns, as the square of Var[R] / Var[Â]
-    adv_floor: float = 0.0  # … and where advantages, as scaled, have less std than this; for tasks solved early
+    adapt_kl: bool = True  # shrink δ where V explains nothing, by (Var[Â + V] / Var[Â])²
+    adv_floor: float = 0.0  # with adapt_kl, also where std[Â] is less than this, of scaled rewards, by their ratio²
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
     cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
@@ -126,7 +126,7 @@ class Args:
     line_search_decay: float = 0.8  # each length is the one before times this
     natural_step: float | None = None  # α of a step α x, instead of the length that δ allows
     update_epochs: int = 10  # passes of the value network over the batch of N x T samples
-    num_minibatches: int = 8  # minibatches per pass; the minibatch size is N x T / this
+    num_minibatches: int = 16  # minibatches per pass; the minibatch size is N x T / this
     learning_rate: float = 1e-3  # Adam's step size, for the value network
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
@@ -527,7 +527,7 @@ def fisher_operator(policy: Policy, obs: Tensor, damping: float) -> Callable[[Te
 
 
 def fisher_vector_product(policy: Policy, obs: Tensor, vector: Tensor, damping: float) -> Tensor:
-    """(F + damping I) v of `fisher_operator`, where one product is all that is asked for."""
+    """(F + damping I) v of `fisher_operator`, for one product alone; `policy_step` takes many of one operator."""
     return fisher_operator(policy, obs, damping)(vector)
 
 
@@ -577,16 +577,16 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, and
-    advantages are V's error: full steps along it lose what was learned. So δ shrinks by trust, the square of the lesser
-    of Var[R] / Var[Â], less than 1 where V explains none of the returns R, and std[Â] / `adv_floor`. `step` is
-    value_step, compiled or not.
+    A step is as long as δ allows, however little is to be gained. Where V explains nothing of the targets Â + V, as at
+    the very start, and once a task is solved and they hardly differ, the advantages are V's error, and full steps along
+    it lose what was learned. So δ shrinks by `trust`, the square of the lesser of Var[Â + V] / Var[Â] and std[Â] /
+    `adv_floor`, with Â before standardization. `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     explained_variance = 1 - (returns - values).var() / returns.var()
-    gain = min((1 / (1 - explained_variance)).item(), (returns - values).std().item() / max(args.adv_floor, 1e-9))
-    trust = min(1.0, gain) ** 2 if args.adapt_kl else 1.0
+    trust = min(1.0, (1 / (1 - explained_variance)).item(), (returns - values).std().item() / max(args.adv_floor, 1e-9))
+    trust = trust**2 if args.adapt_kl else 1.0
     stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):
@@ -693,6 +693,7 @@ FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
 FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward orthogonal_init log_std_init log_std_final"
 AUTO_DEVICE = "the networks are small"
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
+LONGEST_FILM = 3_000  # frames
 
 
 class InputError(ValueError):
@@ -713,7 +714,7 @@ def evaluate(
     fps = envs.envs[0].metadata.get("render_fps", 30)
     stride = max(1, round(fps / 25))  # steps a frame
     for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0:
+        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
             frames.append(envs.envs[0].render())
         _, rewards, terminated, truncated, obs = envs.step(act(obs))
         returns[going] += rewards[going]
@@ -891,7 +892,8 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        why = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
 
 
 def check_spaces(env: gym.Env, env_id: str) -> None:

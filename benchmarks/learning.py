@@ -31,9 +31,10 @@ FOUR = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5
 TASKS = {  # the flags that differ from the defaults
     "ppo_continuous": dict.fromkeys((*FOUR, "InvertedPendulum-v5", "Reacher-v5"), ""),
     "trpo_continuous": {
-        **dict.fromkeys(FOUR[:3], ""),
-        "InvertedDoublePendulum-v5": "--adv-floor 0.1",
-        "Swimmer-v5": "--gamma 0.9999 --gae-lambda 0.98 --log-std-init 0",
+        **dict.fromkeys(FOUR, ""),
+        "Hopper-v5": "--num-steps 64 --num-minibatches 8 --max-kl 0.01",
+        "InvertedDoublePendulum-v5": "--gae-lambda 0.98 --log-std-init 0 --adv-floor 0.1",
+        "Swimmer-v5": "--gamma 0.9999 --gae-lambda 0.98 --log-std-init 0 --no-adapt-kl",
     },
     "ppo_atari": {"ALE/Breakout-v5": "--total-timesteps 1_000_000", "ALE/Pong-v5": "--total-timesteps 5_000_000"},
 }

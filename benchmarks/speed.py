@@ -233,7 +233,7 @@ def main(args: Args) -> None:
                 figures = f"{result['sps']:.0f},{result['start_up_s']:.1f},{result['peak_mb']:.0f}"
                 file.write(f"{name},{repetition + 1},{figures}\n")
                 print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
-    print_table(args.task, results)
+    print_table(Path(args.task).name, results)
     if args.script == "ppo_atari":
         done = subprocess.run([*command[:-1], "limits"], env=environment, capture_output=True, text=True, check=True)
         limits = json.loads(done.stdout.splitlines()[-1])
