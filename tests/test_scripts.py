@@ -22,6 +22,7 @@ SMOKE = {
     **dict.fromkeys(
         ("ppo_continuous", "trpo_continuous"), "--env-id Pendulum-v1 --total-timesteps 4096 --eval-episodes 1"
     ),
+    "acer_discrete": "--total-timesteps 2048 --eval-episodes 1",
     "ppo_atari": "--env-id ALE/Freeway-v5 --total-timesteps 99 --num-steps 4 --max-episode-frames 99 --eval-episodes 1",
 }
 BANNERS = ["Args", "Equations", "Networks", "Environments", "Rollout", "Update", "Train"]
