@@ -119,7 +119,7 @@ def run_script(args: Args) -> tuple[list[float], dict[str, float]]:
     times, spent = [], defaultdict(list)
     for part in PARTS:
         owner, _, name = part.rpartition(".")
-        owner = getattr(module, owner) if owner else module
+        owner = getattr(module, owner, None) if owner else module
         if hasattr(owner, name):
             setattr(owner, name, timed(getattr(owner, name), spent[part]))
     original = module.Log.__call__
