@@ -16,7 +16,7 @@ Evaluate python acer_discrete.py --evaluate runs/<run>/checkpoint.pt --eval-epis
 
 Equation map: equation -> function -> symbol
     GAE eq. 16                     linear_recursion          Σ_k d_t⋯d_{k-1} x_k, here of Retrace
-    ACER eq. 5, Retrace eq. 4      retrace                   Q^ret
+    ACER eq. 5, Retrace eq. 3      retrace                   Q^ret
     ACER eq. 9                     acer_gradient             g, the gradient of the actor's objective by π
     Engstrom section 3, item 9     clip_global_norm          gradient clipping
     ACER section 3.3               kl_gradient               k, the gradient of KL(π_a ‖ π) by π
@@ -90,8 +90,8 @@ class Args:
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
     fire_on_reset: bool = True  # ALE: press fire at the start of a game that needs it (OpenAI's baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
-    repeat_action_probability: float = 0.0  # ALE: sticky actions, which Machado section 5 sets to 0.25 and PPO has not
-    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes (Machado section 2)
+    repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
+    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
     clip_rewards: bool = True  # ALE: learn from the sign of the reward (DQN methods); scores logged are raw
     # algorithm
     num_steps: int = 20  # T, steps per environment and iteration (ACER's k), and of a segment in replay
@@ -165,7 +165,7 @@ def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
 def retrace(
     rewards: Tensor, q_taken: Tensor, next_values: Tensor, rho: Tensor, terminated: Tensor, done: Tensor, gamma: float
 ) -> Tensor:
-    """ACER eq. 5, Retrace with λ = 1: the target Q^ret of Q(s_t, a_t). All (T, N).
+    """ACER eq. 5, Retrace eq. 3 with λ = 1: the target Q^ret of Q(s_t, a_t). All (T, N).
 
         Q^ret_t = r_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})) + γ V(s_{t+1}),  ρ̄ = min(1, ρ)
 

@@ -89,8 +89,8 @@ class Args:
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
     fire_on_reset: bool = True  # ALE: press fire at the start of a game that needs it (OpenAI's baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
-    repeat_action_probability: float = 0.0  # ALE: sticky actions, which Machado section 5 sets to 0.25 and PPO has not
-    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes (Machado section 2)
+    repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
+    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
     clip_rewards: bool = True  # learn from the sign of the reward (DQN methods); scores logged are raw
     # algorithm
     num_steps: int = 128  # T, steps per environment and iteration

@@ -91,7 +91,7 @@ def test_acer_eq5_retrace_is_the_sum_over_cut_traces():
                 assert got[t, n].item() == pytest.approx(total, abs=1e-12)
 
 
-def test_retrace_eq4_special_cases():
+def test_retrace_eq3_special_cases():
     rewards, q_taken, next_values, rho, terminated, _ = random_returns(0)
     never = torch.zeros_like(terminated)
     one_step = acer.retrace(rewards, q_taken, next_values, 0 * rho, never, never, 0.9)
