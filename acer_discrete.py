@@ -525,10 +525,8 @@ def minibatch_gradient(
         q_ret = retrace(batch.rewards, q_taken, next_values, rho, batch.terminated, done, args.gamma)  # (T, N)
         q_actor = q[:-1] if args.bias_correction else values[:-1, :, None].expand_as(pi)  # Q = V: nothing to correct
         tensors = [x.flatten(0, 1) for x in (pi, q_actor, q_ret, batch.actions, batch.mu)]
-        g, avg = (
-            acer_gradient(*tensors, args.trunc_c, args.ent_coef),
-            average(batch.obs[:-1].flatten(0, 1))[0],
-        )  # (B, A)
+        g = acer_gradient(*tensors, args.trunc_c, args.ent_coef)  # (B, A)
+        avg, _ = average(batch.obs[:-1].flatten(0, 1))  # (B, A)
         z = trust_region_step(g, kl_gradient(avg, tensors[0]), args.trust_region_delta) if args.trust_region else g
     surrogate = (z * pi.flatten(0, 1)).sum(-1).mean()  # its gradient is (∂π/∂θ)ᵀ z
     loss = -surrogate + args.q_coef * 0.5 * (q_ret - q_taken).square().mean()
@@ -613,14 +611,15 @@ def train(args: Args) -> dict:
                 save_replay(log.run_dir, replay)
             return save_checkpoint(log.run_dir, args, state)
 
-        load_replay(log.run_dir, replay, policy, args)
+        describe(policy, replay, args)
+        load_replay(log.run_dir, replay, args)
         compiled_step = compile_or_eager(minibatch_step, args, device)
         with stop_signals() as signals:
             while step + args.batch_size <= args.total_timesteps and not signals:
                 rmsprop.lr.fill_(args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0))
 
                 segment = collect(envs, policy, rng, args.num_steps, device)
-                check_finite(step, observations=segment.obs.float(), rewards=segment.rewards)
+                check_finite(step, observations=segment.obs, rewards=segment.rewards)
                 episodes.extend(envs.ended)
                 envs.ended.clear()
                 if atari and args.clip_rewards:
@@ -895,15 +894,16 @@ def pick_device(name: str, images: bool) -> torch.device:
 
 def allocate(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]], args: Args) -> dict[str, Tensor]:
     """Tensors of these shapes and types on the replay device. Raises InputError if they do not fit its memory."""
-    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes.values())
+    size, free = sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes.values()), math.inf
     if args.replay_device == "cuda":
-        pick_device("cuda", images=True)
+        if not torch.cuda.is_available():
+            raise InputError("--replay-device cuda needs a GPU: use cpu")
         free = torch.cuda.mem_get_info()[0]
     else:
         with suppress(OSError):
             lines = Path("/proc/meminfo").read_text().splitlines()
             free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    if size > 0.95 * locals().get("free", math.inf):
+    if size > 0.95 * free:
         less = "--replay-capacity or --num-envs"
         raise InputError(f"the replay memory takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free: lower {less}")
     return {name: torch.zeros(shape, dtype=dtype, device=args.replay_device) for name, (shape, dtype) in sizes.items()}
@@ -915,13 +915,17 @@ def save_replay(run_dir: Path, replay: Replay) -> None:
     os.replace(run_dir / "replay.tmp", run_dir / "replay.pt")
 
 
-def load_replay(run_dir: Path, replay: Replay, policy: Policy, args: Args) -> None:
-    """Print which network and replay memory it is; on resuming, read replay.pt if there is one, or say it is empty."""
+def describe(policy: Policy, replay: Replay, args: Args) -> None:
+    """Print which network and which replay memory it is."""
     trunk = "convolutions" if isinstance(policy.trunk, NatureCNN) else "hidden layers"
     print(f"network: {trunk}, {'one trunk for' if policy.q_trunk is None else 'a trunk each for'} policy and critic")
     size = sum(x.numel() * x.itemsize for x in replay.memory.values()) / 2**30
     steps = f"{replay.slots * args.num_steps:,} steps of each environment"
     print(f"replay memory: {steps}, {size:.2f} GiB on {args.replay_device}; replay from {args.replay_start:,} steps on")
+
+
+def load_replay(run_dir: Path, replay: Replay, args: Args) -> None:
+    """On resuming, read replay.pt if there is one; else say that the memory is empty."""
     path = run_dir / "replay.pt"
     if args.resume and path.exists():
         saved = torch.load(path, map_location=args.replay_device, weights_only=True)

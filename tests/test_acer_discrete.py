@@ -321,7 +321,7 @@ def test_replay_stores_every_frame_once_and_says_what_it_takes(capsys):
     replay = acer.Replay(np.zeros((2, 4, 84, 84), np.uint8), 6, 4, args)
     assert replay.memory["frames"].shape == (5, 2, 24, 84, 84)
     policy, _ = make_policy((4, 84, 84))
-    acer.load_replay(Path("nowhere"), replay, policy, args)
+    acer.describe(policy, replay, args)
     out = capsys.readouterr().out
     assert "convolutions, one trunk" in out and "100 steps of each environment, 0.00 GiB on cpu" in out
 
