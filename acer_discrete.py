@@ -585,6 +585,8 @@ def train(args: Args) -> dict:
     `Args(**load_checkpoint(path)["args"])`.
     """
     check_args(args)
+    if not args.hidden_sizes:
+        raise InputError("--hidden-sizes needs one layer or more")
     saved = load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights

@@ -567,6 +567,12 @@ def test_learns_cartpole(tmp_path, seed):
         ("--env-id FrozenLake-v1", "needs a flat Box or uint8 images"),
         ("--env-id NoSuch-v0", "NoSuch"),
         ("--avg-decay 1.5", "must lie in [0, 1]"),
+        ("--hidden-sizes", "--hidden-sizes needs one layer"),
+        pytest.param(
+            "--replay-device cuda",
+            "--replay-device cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ("--replay-ratio -1", "must not be negative"),
         ("--total-timesteps 100", "less than one batch"),
         ("--resume nothing/checkpoint.pt", "not a readable checkpoint"),
