@@ -469,7 +469,7 @@ class Replay:
 
     def batch(self, slots: Tensor) -> Segment:
         """Segment slots[n] of environment n, for each n (N,), in the form in which it was added."""
-        rest = {name: x[slots, torch.arange(len(slots))].transpose(0, 1) for name, x in self.memory.items()}  # (T, N, …)
+        rest = {name: x[slots, torch.arange(len(slots))].transpose(0, 1) for name, x in self.memory.items()}
         frames = rest.pop("frames").transpose(0, 1)  # (N, stack+T, …)
         if self.stack > 1:  # stacks of frames, but those of another episode than the newest, which are zero in ALE
             episode = nn.functional.pad(rest["resets"].cumsum(0), (0, 0, self.stack, 0)).T  # (N, stack+T) of each frame
