@@ -42,7 +42,6 @@ Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
     --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
-    --no-adapt-kl                       δ the same however bad V is
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -115,8 +114,7 @@ class Args:
     norm_adv: bool = True  # standardize advantages over the batch
     max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
     anneal_kl: bool = True  # anneal δ linearly to zero
-    adapt_kl: bool = True  # shrink δ where V explains nothing, by (Var[Â + V] / Var[Â])²
-    adv_floor: float = 0.0  # with adapt_kl, also where std[Â] is less than this, of scaled rewards, by their ratio²
+    adv_floor: float = 0.0  # where std[Â], of scaled rewards, is less than this, shrink δ by their ratio²; 0 = never
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
     cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
@@ -577,16 +575,14 @@ def update(
 ) -> dict[str, float]:
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Where V explains nothing of the targets Â + V, as at
-    the very start, and once a task is solved and they hardly differ, the advantages are V's error, and full steps along
-    it lose what was learned. So δ shrinks by `trust`, the square of the lesser of Var[Â + V] / Var[Â] and std[Â] /
-    `adv_floor`, with Â before standardization. `step` is value_step, compiled or not.
+    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, the
+    advantages are V's error, and full steps along it lose what was learned. So where std[Â], before standardization,
+    is below `adv_floor`, δ shrinks by `trust`, the square of their ratio. `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     explained_variance = 1 - (returns - values).var() / returns.var()
-    trust = min(1.0, (1 / (1 - explained_variance)).item(), (returns - values).std().item() / max(args.adv_floor, 1e-9))
-    trust = trust**2 if args.adapt_kl else 1.0
+    trust = min(1.0, (returns - values).std().item() / args.adv_floor) ** 2 if args.adv_floor else 1.0
     stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):

@@ -33,8 +33,8 @@ TASKS = {  # the flags that differ from the defaults
     "trpo_continuous": {
         **dict.fromkeys(FOUR, ""),
         "Hopper-v5": "--num-steps 64 --num-minibatches 8 --max-kl 0.01",
-        "InvertedDoublePendulum-v5": "--gae-lambda 0.98 --log-std-init 0 --adv-floor 0.1",
-        "Swimmer-v5": "--gamma 0.9999 --gae-lambda 0.98 --log-std-init 0 --no-adapt-kl",
+        "InvertedDoublePendulum-v5": "--adv-floor 0.1",
+        "Swimmer-v5": "--gamma 0.9999 --num-steps 64 --num-minibatches 8 --max-kl 0.01 --gae-lambda 0.98 --log-std-init 0",
     },
     "ppo_atari": {"ALE/Breakout-v5": "--total-timesteps 1_000_000", "ALE/Pong-v5": "--total-timesteps 5_000_000"},
 }
