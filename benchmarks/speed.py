@@ -4,18 +4,19 @@
     python benchmarks/speed.py --script ppo_continuous --task HalfCheetah-v5 --repetitions 5
 
 The peer is Stable-Baselines3's PPO, or sb3-contrib's TRPO, with its default flags; for Atari with the flags that are
-ppo_atari.py's defaults. Each repetition trains every contestant once, each in a process of its own, with one thread for
-MuJoCo and one a core for Atari, one after the other in an order that turns, so that a slow minute of the machine hits
-all alike. A run's figure is steps / seconds from the end of its first
-iteration to the end of its last, everything included (environment, inference, update, logging). What passes from the
-start of the process to the end of the first iteration, compilation among it, is reported apart as start-up: cold in the
-first repetition (empty compile cache), warm in the others. Compilation is forced on, as these runs are too short for
-`--compile auto`. Peak memory is the main process's, without the compiler's. The table gives the median over repetitions
-and the range, and the median over repetitions of the ratio to the peer; below it, where the time of the first
-contestant after the peer goes. For Atari, the last line has the limits: ALE and the compiled minibatch step alone, and
-the steps/s that they would allow one after the other.
+ppo_atari.py's defaults. No other ACER runs on these versions: acer_discrete.py's peer is ppo_atari.py. Each repetition
+trains every contestant once, each in a process of its own, with one thread for MuJoCo and one a core for Atari, one
+after the other in an order that turns, so that a slow minute of the machine hits all alike. A run's figure is steps /
+seconds from the end of its first iteration to the end of its last, everything included (environment, inference, update,
+logging). What passes from the start of the process to the end of the first iteration, compilation among it, is reported
+apart as start-up: cold in the first repetition (empty compile cache), warm in the others. Compilation is forced on, as
+these runs are too short for `--compile auto`. Peak memory is the main process's, without the compiler's. The table
+gives the median over repetitions and the range, and the median over repetitions of the ratio to the peer; below it,
+where the time of the first contestant after the peer goes. For Atari, the last line has the limits: ALE and the
+compiled minibatch step alone, and the steps/s that they would allow one after the other.
 """
 
+import copy
 import functools
 import json
 import os
@@ -33,8 +34,9 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).parents[1]
-PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib", "ppo_atari": "sb3"}
-BATCH = {"ppo_continuous": 2048, "trpo_continuous": 2048, "ppo_atari": 1024}  # steps an iteration
+Script = Literal["ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"]
+PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib", "ppo_atari": "sb3", "acer_discrete": "ppo_atari"}
+ATARI = ("ppo_atari", "acer_discrete")
 CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the peer's defaults
     "ppo_continuous": {  # minibatches of 64
         "default": "",
@@ -47,23 +49,29 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
         "not compiled": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
     },
     "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off"},
+    "acer_discrete": {  # replay from the first iteration on, which the first update fills
+        "replay ratio 4": "--replay-start 1",
+        "16 environments": "--replay-start 1 --num-envs 16",
+        "replay ratio 0": "--replay-ratio 0",
+        "not compiled": "--replay-start 1 --compile off",
+    },
 }
 PARTS = {"Envs.step", "AtariEnvs.step", "Policy.act", "advantages", "fisher_operator", "conjugate_gradient"}
-PARTS |= {"line_search", "policy_step", "update"}
+PARTS |= {"line_search", "policy_step", "update", "Replay.batch", "Replay.add"}
 
 
 @dataclass
 class Args:
-    script: Literal["ppo_continuous", "trpo_continuous", "ppo_atari"] = "ppo_continuous"  # which script
+    script: Script = "ppo_continuous"  # which script
     task: str | None = None  # Gymnasium id; default HalfCheetah-v5 or ALE/Breakout-v5
-    steps: int | None = None  # training steps of each run; default twenty iterations, of Atari ten
+    steps: int | None = None  # training steps of each run; default 40,960 for MuJoCo, 10,240 for Atari
     repetitions: int = 5  # runs of each contestant
     out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<script>__<task>.csv
     one: str | None = None  # run this contestant once in this process (what the script does to itself)
 
 
-def run_peer(args: Args) -> list[float]:
-    """Train the peer with its default flags; -> the times at which its iterations ended."""
+def run_peer(args: Args) -> tuple[list[float], int]:
+    """Train the peer with its default flags; -> the times at which its iterations ended, and steps in each."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -95,7 +103,8 @@ def run_peer(args: Args) -> list[float]:
         torch.set_num_threads(1)
         peer = Peer("MlpPolicy", args.task, device="cpu", seed=1)
     peer.learn(args.steps, callback=clock)
-    return [*clock.times[1:], time.time()]  # the first rollout starts iteration 1, which has not ended
+    times = [*clock.times[1:], time.time()]  # the first rollout starts iteration 1, which has not ended
+    return times, peer.n_steps * peer.n_envs
 
 
 def timed(function, spent: list[float]):
@@ -112,10 +121,11 @@ def timed(function, spent: list[float]):
     return call
 
 
-def run_script(args: Args) -> tuple[list[float], dict[str, float]]:
-    """Train the script; -> the times at which its iterations ended, and seconds spent in its PARTS between them."""
+def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
+    """Train a script; -> the times at which its iterations ended, steps in each, seconds in PARTS between them."""
     sys.path.insert(0, str(ROOT))
-    module = __import__(args.script)
+    script, own = (args.one, "") if args.one in ATARI else (args.script, CONTESTANTS[args.script][args.one])
+    module = __import__(script)
     times, spent = [], defaultdict(list)
     for part in PARTS:
         owner, _, name = part.rpartition(".")
@@ -134,29 +144,36 @@ def run_script(args: Args) -> tuple[list[float], dict[str, float]]:
     module.Log.__call__ = log
     flags = ["--env-id", args.task, "--total-timesteps", str(args.steps), "--eval-episodes", "0", "--compile", "on"]
     with tempfile.TemporaryDirectory() as folder:
-        own = CONTESTANTS[args.script][args.one].split()
-        module.train(tyro.cli(module.Args, args=[*flags, *own, "--run-dir", f"{folder}/run"]))
-    return times, {part: sum(seconds) for part, seconds in spent.items() if seconds}
+        parsed = tyro.cli(module.Args, args=[*flags, *own.split(), "--run-dir", f"{folder}/run"])
+        module.train(parsed)
+    return times, parsed.batch_size, {part: sum(seconds) for part, seconds in spent.items() if seconds}
 
 
-def atari_limits(task: str) -> dict[str, float]:
+def atari_limits(script: str, task: str) -> dict[str, float]:
     """Steps/s of ALE alone, samples/s of the compiled minibatch step alone, and steps/s of both in turn."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
 
-    import ppo_atari
-
-    args = ppo_atari.Args(compile="on")
-    envs = ppo_atari.make_envs(task, args.num_envs, 1, ale=args.ale)
+    module = __import__(script)
+    args = module.Args(compile="on")
+    envs = module.make_envs(task, args.num_envs, 1, ale=args.ale)
     actions = np.random.default_rng(1).integers(envs.action_space.n, size=(500, args.num_envs))
-    policy = ppo_atari.Policy(envs.obs.shape[1:], envs.action_space, args)
-    adam = ppo_atari.Adam(sum(param.numel() for param in policy.parameters()), 1e-4, 1e-5)
-    size = args.batch_size // args.num_minibatches
-    obs, zeros = torch.randint(256, (size, *envs.obs.shape[1:]), dtype=torch.uint8), torch.zeros(size)
-    minibatch = ppo_atari.Minibatch(obs, zeros.long(), policy(obs)[0].detach(), zeros, zeros, torch.randn(size), zeros)
-    step, eps = ppo_atari.compile_or_eager(ppo_atari.minibatch_step, args, torch.device("cpu")), torch.tensor(0.1)
-    tries = {"ALE": lambda: [envs.step(a) for a in actions], "CNN": lambda: step(policy, adam, minibatch, eps, args)}
+    policy = module.Policy(envs.obs.shape[1:], envs.action_space, args)
+    num_weights, size = sum(param.numel() for param in policy.parameters()), args.batch_size // args.num_minibatches
+    step = module.compile_or_eager(module.minibatch_step, args, torch.device("cpu"))
+    if script == "ppo_atari":
+        adam, passes = module.Adam(num_weights, 1e-4, 1e-5), args.update_epochs
+        obs, zeros = torch.randint(256, (size, *envs.obs.shape[1:]), dtype=torch.uint8), torch.zeros(size)
+        batch = module.Minibatch(obs, zeros.long(), policy(obs)[0].detach(), zeros, zeros, torch.randn(size), zeros)
+        inputs = policy, adam, batch, torch.tensor(0.1), args
+    else:
+        rmsprop, passes = module.RMSProp(num_weights, args), 1 + args.replay_ratio
+        segment = module.collect(envs, policy, torch.Generator(), args.num_steps, torch.device("cpu"))
+        average = copy.deepcopy(policy).requires_grad_(False)
+        inputs = policy, average, rmsprop, segment._replace(finals=[]), torch.zeros(segment.rewards.shape), args
+    module.keep_memory()
+    tries = {"ALE": lambda: [envs.step(a) for a in actions], "CNN": lambda: step(*inputs)}
     times = {}
     for name, repetitions in (("ALE", 4), ("CNN", 12)):
         spent = []
@@ -164,17 +181,17 @@ def atari_limits(task: str) -> dict[str, float]:
             timed(tries[name], spent)()
         times[name] = statistics.median(spent[2:])
     ale, cnn = args.num_envs * len(actions) / times["ALE"], size / times["CNN"]
-    return {"ALE steps/s": ale, "CNN samples/s": cnn, "limit": 1 / (1 / ale + args.update_epochs / cnn)}
+    return {"ALE steps/s": ale, "CNN samples/s": cnn, "limit": 1 / (1 / ale + passes / cnn)}
 
 
 def run_once(args: Args) -> None:
     """Print one JSON line: start-up seconds, steps/s, peak memory, seconds in parts per second of training."""
     if args.one == "limits":
-        print(json.dumps(atari_limits(args.task)))
+        print(json.dumps(atari_limits(args.script, args.task)))
         return
-    times, spent = (run_peer(args), {}) if args.one in PEERS.values() else run_script(args)
+    times, batch, spent = (*run_peer(args), {}) if args.one in ("sb3", "sb3-contrib") else run_script(args)
     peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, times[-1] - times[0]
-    sps = BATCH[args.script] * (len(times) - 1) / seconds
+    sps = batch * (len(times) - 1) / seconds
     result = {"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": sps}
     print(json.dumps(result | {"peak_mb": peak, "parts": {part: s / seconds for part, s in spent.items()}}))
 
@@ -200,6 +217,9 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
         parts["line search"] = share["line_search"]
         parts["rest of the policy step"] = share["policy_step"] - parts["conjugate gradients"] - share["line_search"]
         parts["critic"] = share["update"] - share["policy_step"]
+    elif "Replay.batch" in share:
+        parts["replay sampling and storing"] = share["Replay.batch"] + share["Replay.add"]
+        parts["network passes of the update"] = share["update"] - share["Replay.batch"]
     elif "advantages" not in share:
         parts["update"] = share["update"]
     else:
@@ -220,7 +240,7 @@ def main(args: Args) -> None:
             for name in names[first:] + names[:first]:
                 command = [sys.executable, __file__, "--script", args.script, "--task", args.task]
                 command += ["--steps", str(args.steps), "--one", name]
-                threads = os.cpu_count() if args.script == "ppo_atari" else 1
+                threads = os.cpu_count() if args.script in ATARI else 1
                 environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": str(threads)}
                 environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name.replace(' ', '_')}"  # g++ can't have spaces
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -234,7 +254,7 @@ def main(args: Args) -> None:
                 file.write(f"{name},{repetition + 1},{figures}\n")
                 print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
     print_table(Path(args.task).name, results)
-    if args.script == "ppo_atari":
+    if args.script in ATARI:
         done = subprocess.run([*command[:-1], "limits"], env=environment, capture_output=True, text=True, check=True)
         limits = json.loads(done.stdout.splitlines()[-1])
         print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
@@ -242,7 +262,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__)
-    atari = arguments.script == "ppo_atari"
+    atari = arguments.script in ATARI
     arguments.task = arguments.task or ("ALE/Breakout-v5" if atari else "HalfCheetah-v5")
-    arguments.steps = arguments.steps or (10 if atari else 20) * BATCH[arguments.script]
+    arguments.steps = arguments.steps or (10_240 if atari else 40_960)
     run_once(arguments) if arguments.one else main(arguments)

@@ -1,0 +1,1 @@
+"""The harness that compares the scripts: `python -m benchmarks --help`."""

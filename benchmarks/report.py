@@ -1,0 +1,299 @@
+"""Tables and pictures from the stored results, and nothing else."""
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from rliable import library as rly
+from rliable import metrics
+from scipy.stats import bootstrap
+
+from benchmarks.runner import PEERS, RESULTS, ROOT, code_hash, read_index
+from benchmarks.suites import SUITES
+
+RESAMPLES = 2000
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
+STYLES = ("-", "--", "-.", ":")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+
+
+def references() -> dict[tuple[str, str], float]:
+    """(task, algorithm) -> score, of references.csv; the algorithm `random` too."""
+    rows = csv.DictReader((ROOT / "benchmarks" / "references.csv").open())
+    return {(row["task"], row["algorithm"]): float(row["score"]) for row in rows}
+
+
+def algorithm(label: str) -> str:
+    """PPO, TRPO or ACER: whose published results a label is held against."""
+    return next(name for name in ("TRPO", "PPO", "ACER") if name.lower() in label)
+
+
+def scores(suite: str, mode: str = "last100") -> dict[str, dict[str, list[float]]]:
+    """label -> task -> score of each seed, in the order of the suite."""
+    rows = read_index(suite)
+    order = dict.fromkeys((e.label, e.task) for e in SUITES[suite])
+    found = defaultdict(dict)
+    for label, task in order:
+        mine = sorted((r for r in rows if (r["label"], r["task"]) == (label, task)), key=lambda r: int(r["seed"]))
+        if values := [float(r[mode]) for r in mine if r[mode]]:
+            found[label][task] = values
+    return dict(found)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds."""
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def cell(values: list[float] | None) -> str:
+    """mean [interval], number of seeds; two digits below 100."""
+    if not values:
+        return ""
+    digits = 0 if abs(np.mean(values)) >= 100 else 1
+    low, high = interval(values)
+    spread = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread} ({len(values)})"
+
+
+def score_table(suite: str) -> str:
+    """Markdown: a row for each task, for each label the training score and the deterministic evaluation."""
+    training, evaluated = scores(suite), scores(suite, "deterministic")
+    tasks = [t for t in dict.fromkeys(e.task for e in SUITES[suite]) if any(t in x for x in training.values())]
+    head = ["task"] + [f"{label}, {what}" for label in training for what in ("training", "deterministic")]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for task in tasks:
+        cells = [cell(x.get(label, {}).get(task)) for label in training for x in (training, evaluated)]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def worst_drop(rows: np.ndarray) -> float:
+    """The lowest ratio of the return to its best so far, from 300,000 steps on; 1 = never fell. rows (points, 2)."""
+    rows = rows[~np.isnan(rows[:, 1])]
+    ratios = rows[:, 1] / np.maximum.accumulate(rows[:, 1])
+    return min([1.0, *ratios[rows[:, 0] >= 300_000].tolist()])
+
+
+def trust_table(suite: str) -> str:
+    """Markdown, for TRPO: the largest mean KL of any step and the lowest return as a share of its best so far."""
+    lines = ["| task | largest mean KL of a step | lowest / best so far, after step 300,000 |", "|---|---|---|"]
+    for task in dict.fromkeys(e.task for e in SUITES[suite]):
+        runs = [r for r in read_index(suite) if r["task"] == task and r["script"] == "trpo_continuous"]
+        if runs:
+            curves = [curve(suite, r["label"], task, int(r["seed"])) for r in runs]
+            kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2]) for c in curves)
+            lines.append(f"| {task} | {kl:.5f} | {drop:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def normalized(suite: str) -> dict[str, np.ndarray]:
+    """label -> (seeds, tasks): random policy 0, published reference 1; tasks and seeds that every row of it has."""
+    published, result = references(), {}
+    for label, tasks in scores(suite).items():
+        kept = [t for t in tasks if (t, algorithm(label)) in published and (t, "random") in published]
+        if kept:
+            seeds = min(len(tasks[t]) for t in kept)
+            zero, one = (np.array([published[t, a] for t in kept]) for a in ("random", algorithm(label)))
+            raw = np.array([tasks[t][:seeds] for t in kept]).T
+            result[label] = (raw - zero) / (one - zero)
+    return result
+
+
+def aggregate_table(suite: str) -> str:
+    """Markdown: interquartile mean over all runs and its 95 % stratified bootstrap interval, by label."""
+    data = normalized(suite)
+    if not data:
+        return ""
+    lines = ["| | IQM [95 % interval] | tasks | seeds |", "|---|---|---|---|"]
+    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
+    points, intervals = rly.get_interval_estimates(data, iqm, reps=RESAMPLES, random_state=np.random.RandomState(0))
+    for label, x in data.items():
+        low, high = intervals[label][:, 0]
+        lines.append(f"| {label} | {points[label][0]:.2f} [{low:.2f}, {high:.2f}] | {x.shape[1]} | {x.shape[0]} |")
+    return "\n".join(lines)
+
+
+def improvement_lines(ours: str, theirs: str) -> list[str]:
+    """Probability that a run of a script scores higher than one of its peer on the same task."""
+    a, b = scores(ours), scores(theirs)
+    lines = []
+    for mine, other in (("ppo_continuous", "sb3_ppo"), ("trpo_continuous", "sb3_trpo")):
+        tasks = [t for t in b.get(other, {}) if t in a.get(mine, {})]
+        if tasks:
+            sizes = [min(len(x[t]) for t in tasks) for x in (a[mine], b[other])]
+            pair = [np.array([x[t][:n] for t in tasks]).T for x, n in zip((a[mine], b[other]), sizes, strict=True)]
+            name = f"{mine},{other}"
+            point, bounds = rly.get_interval_estimates(
+                {name: tuple(pair)}, metrics.probability_of_improvement, reps=RESAMPLES,
+                random_state=np.random.RandomState(0),
+            )  # fmt: skip
+            low, high = np.ravel(bounds[name])
+            text = f"- P({mine} > {other}) = {float(np.ravel(point[name])[0]):.2f} [{low:.2f}, {high:.2f}]"
+            lines.append(f"{text}, {len(tasks)} tasks, {sizes[0]} against {sizes[1]} seeds")
+    return lines
+
+
+def stale_lines(suite: str) -> list[str]:
+    """Which results come from another version of a script than the one in the tree."""
+    old = defaultdict(list)
+    for row in read_index(suite):
+        path = ROOT / ("benchmarks/peers.py" if row["script"] in PEERS else f"{row['script']}.py")
+        if row["code"] != code_hash(path):
+            old[row["label"], row["commit"]].append(row["task"])
+    return [
+        f"- older script: {label} at commit {commit}, {len(tasks)} runs of {', '.join(dict.fromkeys(tasks))}"
+        for (label, commit), tasks in old.items()
+    ]
+
+
+def curve(suite: str, label: str, task: str, seed: int) -> np.ndarray:
+    """(points, 3): step, mean return of the last 100 training episodes, largest mean KL of a step since."""
+    path = RESULTS / suite / f"{label}__{Path(task).name}__s{seed}.csv"
+    rows = [(r["step"], r["episodic_return"] or "nan", r["largest_kl"]) for r in csv.DictReader(path.open())]
+    return np.array(rows, float)
+
+
+def style(i: int) -> dict[str, str]:
+    """Colour and line of the i-th label."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+
+
+def save(figure, path: Path) -> None:
+    """SVG and PNG, the same bytes for the same data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_curves(suite: str) -> None:
+    """Learning curves: mean over seeds, and the 95 % bootstrap interval as a band; the published reference dotted."""
+    rows, published = read_index(suite), references()
+    tasks = list(dict.fromkeys(e.task for e in SUITES[suite] if any(r["task"] == e.task for r in rows)))
+    labels = list(dict.fromkeys(e.label for e in SUITES[suite] if any(r["label"] == e.label for r in rows)))
+    columns = min(3, len(tasks))
+    height = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(3.4 * columns, 2.5 * height), squeeze=False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for i, label in enumerate(labels):
+            seeds = [r["seed"] for r in rows if (r["label"], r["task"]) == (label, task)]
+            if not seeds:
+                continue
+            curves = [curve(suite, label, task, int(seed))[:, :2] for seed in seeds]
+            start = max(c[~np.isnan(c[:, 1]), 0][0] for c in curves)
+            grid = np.linspace(start, min(c[-1, 0] for c in curves), 100)
+            values = np.array([np.interp(grid, *c[~np.isnan(c[:, 1])].T) for c in curves])
+            axis.plot(grid / 1e6, values.mean(0), label=label, linewidth=1.4, **style(i))
+            if len(values) > 1:
+                low, high = np.array([interval(list(v)) for v in values.T]).T
+                axis.fill_between(grid / 1e6, low, high, color=style(i)["color"], alpha=0.2, linewidth=0)
+            if (task, algorithm(label)) in published:
+                axis.axhline(published[task, algorithm(label)], color=style(i)["color"], linestyle=":", linewidth=0.9)
+        axis.set_title(task, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    figure.supxlabel("environment steps, millions", fontsize=9)
+    figure.supylabel("mean return of the last 100 training episodes", fontsize=9)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.tight_layout()
+    figure.legend(handles, names, loc="upper center", ncols=len(names), fontsize=8, bbox_to_anchor=(0.5, 1.05))
+    save(figure, RESULTS / suite / "curves")
+
+
+def plot_aggregate(suite: str) -> None:
+    """Left, interquartile means with intervals; right, performance profiles."""
+    data = normalized(suite)
+    if not data:
+        return
+    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
+    points, intervals = rly.get_interval_estimates(data, iqm, reps=RESAMPLES, random_state=np.random.RandomState(0))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
+    for i, label in enumerate(data):
+        low, high = intervals[label][:, 0]
+        left.plot([low, high], [i, i], color=style(i)["color"], linewidth=8, alpha=0.4, solid_capstyle="butt")
+        left.plot(points[label], [i], "|", color=style(i)["color"], markersize=16, markeredgewidth=2)
+    left.set_yticks(range(len(data)), list(data), fontsize=8)
+    left.set_ylim(len(data) - 0.5, -0.5)
+    left.set_xlabel("interquartile mean of normalized scores\n(random policy 0, best published 1)", fontsize=8)
+    levels = np.linspace(0, 1.6, 81)
+    profiles, _ = rly.create_performance_profile(data, levels, reps=10)
+    for i, (label, profile) in enumerate(profiles.items()):
+        right.plot(levels, profile, label=label, linewidth=1.4, **style(i))
+    right.set_xlabel("normalized score τ", fontsize=8)
+    right.set_ylabel("share of runs above τ", fontsize=8)
+    right.legend(fontsize=7)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    save(figure, RESULTS / suite / "aggregate")
+
+
+def plot_speed() -> None:
+    """Bars of the median steps/s of each contestant, from results/speed."""
+    files = sorted((RESULTS / "speed").glob("*.csv"))
+    if not files:
+        return
+    figure, axes = plt.subplots(1, len(files), figsize=(2.5 * len(files), 2.8), squeeze=False)
+    for axis, path in zip(axes.flat, files, strict=True):
+        runs = defaultdict(list)
+        for row in csv.DictReader(path.open()):
+            runs[row["contestant"]].append(float(row["steps_per_second"]))
+        heights = [np.median(x) for x in runs.values()]
+        spread = [[h - min(x), max(x) - h] for h, x in zip(heights, runs.values(), strict=True)]
+        colours = [COLOURS[-1] + "66", *[COLOURS[0]] * (len(runs) - 1)]
+        axis.bar(range(len(runs)), heights, yerr=np.array(spread).T, color=colours, capsize=2, width=0.7)
+        axis.set_xticks(range(len(runs)), list(runs), rotation=35, ha="right", fontsize=7)
+        script, task = path.stem.split("__")
+        axis.set_title(f"{script}\n{task}", fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.grid(axis="y", alpha=0.25)
+    axes[0, 0].set_ylabel("training steps per second", fontsize=8)
+    figure.tight_layout()
+    save(figure, RESULTS / "speed" / "speed")
+
+
+def blocks() -> dict[str, str]:
+    """name -> Markdown between `<!-- report: name -->` and `<!-- end -->` in the README files."""
+    made = {}
+    for suite in SUITES:
+        if read_index(suite):
+            made[suite] = score_table(suite)
+            if aggregate := aggregate_table(suite):
+                made[f"{suite} aggregate"] = aggregate
+            if trust := trust_table(suite):
+                made[f"{suite} trust region"] = trust
+            made[f"{suite} older"] = "\n".join(stale_lines(suite)) or "All results are of the scripts as they are."
+    if lines := improvement_lines("mujoco", "mujoco-peers"):
+        made["improvement"] = "\n".join(lines)
+    return made
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """A README with its blocks as `made` has them."""
+    pattern = re.compile(r"(<!-- report: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No runs yet.')}\n\n{m[3]}", text)
+
+
+def write_report() -> list[Path]:
+    """Pictures of every suite that has results, and the tables in both README files; -> what was written."""
+    matplotlib.use("Agg")
+    plt.rcParams |= {"svg.hashsalt": "trust-region", "axes.spines.top": False, "axes.spines.right": False}
+    for suite in SUITES:
+        if read_index(suite):
+            plot_curves(suite)
+            plot_aggregate(suite)
+    plot_speed()
+    made = blocks()
+    for path in READMES:
+        path.write_text(fill(path.read_text(), made))
+    return sorted(RESULTS.glob("*/*.svg"))
