@@ -3,6 +3,7 @@
 import csv
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -106,14 +107,19 @@ def normalized(suite: str) -> dict[str, np.ndarray]:
     return result
 
 
+def estimates(data: dict, function: Callable) -> tuple[dict, dict]:
+    """Values of a function of the scores and their 95 % stratified bootstrap intervals, the same in every run."""
+    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever its argument random_state says
+    return rly.get_interval_estimates(data, function, reps=RESAMPLES)
+
+
 def aggregate_table(suite: str) -> str:
     """Markdown: interquartile mean over all runs and its 95 % stratified bootstrap interval, by label."""
     data = normalized(suite)
     if not data:
         return ""
     lines = ["| | IQM [95 % interval] | tasks | seeds |", "|---|---|---|---|"]
-    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
-    points, intervals = rly.get_interval_estimates(data, iqm, reps=RESAMPLES, random_state=np.random.RandomState(0))
+    points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
     for label, x in data.items():
         low, high = intervals[label][:, 0]
         lines.append(f"| {label} | {points[label][0]:.2f} [{low:.2f}, {high:.2f}] | {x.shape[1]} | {x.shape[0]} |")
@@ -130,10 +136,7 @@ def improvement_lines(ours: str, theirs: str) -> list[str]:
             sizes = [min(len(x[t]) for t in tasks) for x in (a[mine], b[other])]
             pair = [np.array([x[t][:n] for t in tasks]).T for x, n in zip((a[mine], b[other]), sizes, strict=True)]
             name = f"{mine},{other}"
-            point, bounds = rly.get_interval_estimates(
-                {name: tuple(pair)}, metrics.probability_of_improvement, reps=RESAMPLES,
-                random_state=np.random.RandomState(0),
-            )  # fmt: skip
+            point, bounds = estimates({name: tuple(pair)}, metrics.probability_of_improvement)
             low, high = np.ravel(bounds[name])
             text = f"- P({mine} > {other}) = {float(np.ravel(point[name])[0]):.2f} [{low:.2f}, {high:.2f}]"
             lines.append(f"{text}, {len(tasks)} tasks, {sizes[0]} against {sizes[1]} seeds")
@@ -214,8 +217,7 @@ def plot_aggregate(suite: str) -> None:
     data = normalized(suite)
     if not data:
         return
-    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
-    points, intervals = rly.get_interval_estimates(data, iqm, reps=RESAMPLES, random_state=np.random.RandomState(0))
+    points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
     for i, label in enumerate(data):
         low, high = intervals[label][:, 0]

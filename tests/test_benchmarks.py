@@ -216,7 +216,7 @@ def test_every_result_has_its_curve_and_a_place_in_its_suite():
             assert float(points[-1]["episodic_return"]) == pytest.approx(float(row["last100"]), abs=0.01)
 
 
-def test_tables_and_pictures_are_those_that_report_makes():
+def test_tables_are_those_that_report_makes():
     report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
     made = report.blocks()
     for path in report.READMES:
