@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
-#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pygame==2.6.1"]
 # ///
 """Actor-critic with experience replay (ACER) for discrete actions, in one file.
 
@@ -11,6 +11,7 @@ Papers   ACER      Wang et al. 2017, arXiv:1611.01224v2           DQN    Mnih et
          Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
 Install  pip install --requirements-from-script acer_discrete.py        (pip 26 or later; or `uv run` the file)
 Run      python acer_discrete.py --env-id CartPole-v1 --seed 1
+         python acer_discrete.py --env-id ALE/Pong-v5 --num-envs 16 --learning-rate 7e-4 --replay-start 10_000
 Resume   python acer_discrete.py --resume runs/<run>/checkpoint.pt
 Evaluate python acer_discrete.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
 
@@ -28,12 +29,14 @@ Equation map: equation -> function -> symbol
 Departures from the ACER paper, where OpenAI's baselines differ from it or it is silent, and the flags for the other
     --learning-rate 7e-4 --num-envs 16  baselines' for Atari; the defaults are those that small tasks are learned with
     --ent-coef 0.001                    the paper's weight of the entropy bonus; baselines' 0.01 is the default
-    --replay-start 10000                baselines' for Atari, of a replay memory that is worth drawing from
+    --replay-start 10_000               baselines' for Atari, of a replay memory that is worth drawing from
     --q-coef 1                          the paper's weight of the critic's gradient; baselines' 0.5 is the default
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
     --max-grad-norm inf                 gradients unclipped
     (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
     (always on)                         gradients are means over the batch, not sums
+    (always on)                         environments stepped together, where the paper has 16 asynchronous threads
+    (always on)                         RMSProp of TensorFlow 1; the entropy bonus inside the trust region
 Ablations of the paper: --replay-ratio 0 (on-policy only), --no-trust-region, --no-bias-correction, --trunc-c,
 --trust-region-delta, --avg-decay.
 
@@ -99,7 +102,7 @@ class Args:
     gamma: float = 0.99  # γ, discount factor
     replay_ratio: float = 4.0  # r, mean number of updates from replay for each on-policy one; 0 = on-policy only
     replay_capacity: int = 50_000  # steps per environment that the replay memory holds
-    replay_start: int = 250  # steps per environment in it before replay begins
+    replay_start: int = 250  # steps per environment in it before replay begins; 10_000 for Atari
     trunc_c: float = 10.0  # c of ACER eq. 9, where importance weights are truncated
     bias_correction: bool = True  # the second term of ACER eq. 9, for what truncation takes away
     trust_region: bool = True  # ACER eq. 11, against the average policy
@@ -107,7 +110,7 @@ class Args:
     avg_decay: float = 0.99  # α of the average policy, θ_a ← α θ_a + (1-α) θ after each update
     q_coef: float = 0.5  # weight of the critic's halved squared error
     ent_coef: float = 0.01  # weight of the entropy bonus, inside the trust region
-    learning_rate: float = 5e-3  # RMSProp's step size
+    learning_rate: float = 5e-3  # RMSProp's step size; 7e-4 for Atari
     anneal_lr: bool = False  # anneal the learning rate linearly to zero
     rms_decay: float = 0.99  # decay of RMSProp's mean square
     rms_eps: float = 1e-5  # ε of RMSProp, inside the root
@@ -579,14 +582,13 @@ def train(args: Args) -> dict:
     """ACER section 3 from the first iteration, or a checkpoint's, to the last, then evaluation.
 
     Returns steps, episodic_return (mean raw score of the last 100 training episodes), eval_return (mean of the
-    deterministic evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's thread count, for
-    vectors, and seed for the process. Raises InputError for bad input, FloatingPointError for NaN or infinity. With
-    `args.resume`, weights and progress come from the checkpoint, all else from `args`: start from
-    `Args(**load_checkpoint(path)["args"])`.
+    deterministic evaluation), checkpoint, run_dir, and signal (that ended it early). Sets for the process PyTorch's
+    seed, for vectors its thread count, for images what glibc does with freed memory. Raises InputError for bad input,
+    FloatingPointError for NaN or infinity. With `args.resume`, weights and progress come from the checkpoint, all else
+    from `args`: start from `Args(**load_checkpoint(path)["args"])`.
     """
     check_args(args)
-    if not args.hidden_sizes:
-        raise InputError("--hidden-sizes needs one layer or more")
+    check_replay_args(args)
     saved = load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
@@ -603,17 +605,17 @@ def train(args: Args) -> dict:
     rng.set_state(saved.get("rng", rng.get_state()))
     total_steps = args.num_iterations * args.batch_size
     replay = Replay(envs.obs, int(envs.envs[0].action_space.n), args.frame_stack if atari else 1, args)
+    found = load_replay(replay, args, step)
     with Log(args, device, step, len(rmsprop.v)) as log:
 
         def checkpoint() -> str:
             state = {"step": step, "episodes": list(episodes), "env_rng_states": envs.rng_states}
             state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
             if args.save_replay:
-                save_replay(log.run_dir, replay)
+                save_replay(log.run_dir, replay, step)
             return save_checkpoint(log.run_dir, args, state)
 
-        describe(policy, replay, args)
-        load_replay(log.run_dir, replay, args)
+        describe(policy, replay, args, found)
         compiled_step = compile_or_eager(minibatch_step, args, device)
         with stop_signals() as signals:
             while step + args.batch_size <= args.total_timesteps and not signals:
@@ -920,45 +922,75 @@ def allocate(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]], args: Args) 
         with suppress(OSError):
             lines = Path("/proc/meminfo").read_text().splitlines()
             free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        with suppress(OSError, ValueError):  # a container's limit, or "max"
+            free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if size > 0.95 * free:
         less = "--replay-capacity or --num-envs"
         raise InputError(f"the replay memory takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free: lower {less}")
     return {name: torch.zeros(shape, dtype=dtype, device=args.replay_device) for name, (shape, dtype) in sizes.items()}
 
 
-def save_replay(run_dir: Path, replay: Replay) -> None:
+def save_replay(run_dir: Path, replay: Replay, step: int) -> None:
     """Write replay.pt, so that a crash leaves the old file or the new one."""
-    torch.save(vars(replay), run_dir / "replay.tmp")
+    torch.save(vars(replay) | {"step": step}, run_dir / "replay.tmp")
     os.replace(run_dir / "replay.tmp", run_dir / "replay.pt")
 
 
-def describe(policy: Policy, replay: Replay, args: Args) -> None:
-    """Print which network and which replay memory it is."""
+def load_replay(replay: Replay, args: Args, step: int) -> str:
+    """On resuming, fill the memory from replay.pt, if there is one of this step; -> what to tell about it.
+
+    Raises InputError if it can't be read or has another size.
+    """
+    if not args.resume or not args.replay_ratio:
+        return ""
+    path = Path(args.resume).with_name("replay.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"step": None}
+        old = saved["step"]
+    except Exception as error:  # torch.load raises many unrelated types
+        hint = "move it away to start with an empty memory"
+        raise InputError(f"{path} is not readable ({type(error).__name__}): {hint}") from error
+    if old != step:
+        why = f"{path} is of step {old:,}; " if old is not None else ""
+        return f"replay memory: {why}empty, filled again before replay goes on"
+    if saved["slots"] != replay.slots or any(saved["memory"][k].shape != x.shape for k, x in replay.memory.items()):
+        raise InputError(f"--replay-capacity or --num-steps: {path} has another size; move it away to start empty")
+    for name, x in replay.memory.items():
+        x.copy_(saved["memory"][name])
+    replay.finals, replay.count = saved["finals"], saved["count"]
+    return f"replay memory: {min(replay.count, replay.slots) * args.num_steps:,} steps from {path}"
+
+
+def describe(policy: Policy, replay: Replay, args: Args, found: str) -> None:
+    """Print which network and which replay memory it is, and what was found of it on resuming."""
     trunk = "convolutions" if isinstance(policy.trunk, NatureCNN) else "hidden layers"
     print(f"network: {trunk}, {'one trunk for' if policy.q_trunk is None else 'a trunk each for'} policy and critic")
     size = sum(x.numel() * x.itemsize for x in replay.memory.values()) / 2**30
-    steps = f"{replay.slots * args.num_steps:,} steps of each environment"
-    print(f"replay memory: {steps}, {size:.2f} GiB on {args.replay_device}; replay from {args.replay_start:,} steps on")
+    holds = f"{replay.slots * args.num_steps:,} steps of each environment, {size:.2f} GiB on {args.replay_device}"
+    begins = f"replay begins with {args.replay_start:,} steps of each"
+    print(f"replay memory: {f'{holds}; {begins}' if args.replay_ratio else 'none, replay ratio 0'}")
+    if found:
+        print(found)
 
 
-def load_replay(run_dir: Path, replay: Replay, args: Args) -> None:
-    """On resuming, read replay.pt if there is one; else say that the memory is empty."""
-    path = run_dir / "replay.pt"
-    if args.resume and path.exists():
-        saved = torch.load(path, map_location=args.replay_device, weights_only=True)
-        if saved["slots"] != replay.slots or any(saved["memory"][k].shape != x.shape for k, x in replay.memory.items()):
-            raise InputError(f"--replay-capacity or --num-steps: {path} has another size; move it away to start empty")
-        vars(replay).update(saved)
-        print(f"replay memory: {min(replay.count, replay.slots) * args.num_steps:,} steps from {path}")
-    elif args.resume and args.replay_ratio:
-        print("replay memory: empty, filled again before replay goes on")
+def check_replay_args(args: Args) -> None:
+    """Raise InputError for values of ACER's own that can't be trained with."""
+    if not args.hidden_sizes:
+        raise InputError("--hidden-sizes needs one layer or more")
+    if math.isinf(args.replay_ratio):
+        raise InputError("--replay-ratio must be finite")
+    holds = args.replay_capacity // args.num_steps * args.num_steps  # whole segments
+    if args.replay_ratio and max(args.replay_start, 1) > holds:
+        hint = "lower --replay-start or raise --replay-capacity"
+        raise InputError(f"replay would never begin: the memory holds {holds:,} steps of each environment; {hint}")
 
 
 def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations are vectors or uint8 images, and actions discrete."""
     actions, obs, needs = env.action_space, env.observation_space, f"--env-id {env_id} has the space"
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        hint = "for continuous ones use ppo_continuous.py"
+        shifted = isinstance(actions, gym.spaces.Discrete)
+        hint = "shift them with the wrapper TransformAction" if shifted else "for continuous ones use ppo_continuous.py"
         raise InputError(f"{needs} {actions}, but this script needs discrete actions from 0: {hint}")
     image = (
         isinstance(obs, gym.spaces.Box) and obs.dtype == np.uint8 and len(obs.shape) == 3 and min(obs.shape[1:]) >= 36
@@ -992,7 +1024,8 @@ def check_args(args: Args) -> None:
             raise
         except Exception as error:  # every renderer raises types of its own
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            raise InputError(f"--video-dir: can't render {args.env_id} ({type(error).__name__}); {hint}") from error
+            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:

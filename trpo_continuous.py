@@ -926,7 +926,8 @@ def check_args(args: Args) -> None:
             raise
         except Exception as error:  # every renderer raises types of its own
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            raise InputError(f"--video-dir: can't render {args.env_id} ({type(error).__name__}); {hint}") from error
+            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:

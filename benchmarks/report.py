@@ -17,6 +17,7 @@ from benchmarks.runner import PEERS, RESULTS, ROOT, code_hash, read_index
 from benchmarks.suites import SUITES
 
 RESAMPLES = 2000
+BARS = {"CartPole-v1": 475, "Acrobot-v1": -100}  # scores at which Gymnasium calls them solved
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 STYLES = ("-", "--", "-.", ":")
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -92,6 +93,22 @@ def trust_table(suite: str) -> str:
             kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2]) for c in curves)
             lines.append(f"| {task} | {kl:.5f} | {drop:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def steps_table(suite: str) -> str:
+    """Markdown: steps after which the mean of the last 100 training episodes first reached the bar of BARS."""
+    tasks = [task for task in dict.fromkeys(e.task for e in SUITES[suite]) if task in BARS]
+    lines = [f"| | {' | '.join(f'steps to {BARS[t]} on {t}' for t in tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for label, runs in scores(suite).items():
+        cells = []
+        for task in tasks:
+            seeds = [r["seed"] for r in read_index(suite) if (r["label"], r["task"]) == (label, task)]
+            curves = [curve(suite, label, task, int(seed)) for seed in seeds]
+            reached = [c[c[:, 1] >= BARS[task], 0][0] for c in curves if (c[:, 1] >= BARS[task]).any()]
+            missed = f", {len(curves) - len(reached)} never" if len(reached) < len(curves) else ""
+            cells.append(cell(reached) + missed if task in runs else "")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) if tasks else ""
 
 
 def normalized(suite: str) -> dict[str, np.ndarray]:
@@ -272,6 +289,8 @@ def blocks() -> dict[str, str]:
             made[suite] = score_table(suite)
             if aggregate := aggregate_table(suite):
                 made[f"{suite} aggregate"] = aggregate
+            if steps := steps_table(suite):
+                made[f"{suite} steps"] = steps
             if trust := trust_table(suite):
                 made[f"{suite} trust region"] = trust
             made[f"{suite} older"] = "\n".join(stale_lines(suite)) or "All results are of the scripts as they are."

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import catch  # noqa: F401  registers Catch-v0
@@ -317,9 +319,25 @@ def test_replay_stores_every_frame_once_and_says_what_it_takes(capsys):
     replay = acer.Replay(np.zeros((2, 4, 84, 84), np.uint8), 6, 4, args)
     assert replay.memory["frames"].shape == (5, 2, 24, 84, 84)
     policy, _ = make_policy((4, 84, 84))
-    acer.describe(policy, replay, args)
+    acer.describe(policy, replay, args, "found")
     out = capsys.readouterr().out
     assert "convolutions, one trunk" in out and "100 steps of each environment, 0.00 GiB on cpu" in out
+    assert "begins with 250 steps of each" in out and out.endswith("found\n")
+    acer.describe(policy, replay, dataclasses.replace(args, replay_ratio=0.0), "")
+    assert capsys.readouterr().out.endswith("replay memory: none, replay ratio 0\n")
+
+
+def test_the_memory_of_sixteen_games_is_that_of_its_frames_and_little_else(monkeypatch, capsys):
+    real, args = torch.zeros, Args(num_envs=16)
+    monkeypatch.setattr(acer.torch, "zeros", lambda shape, dtype, device: real(shape, dtype=dtype, device="meta"))
+    replay = acer.Replay(np.zeros((16, 4, 84, 84), np.uint8), 6, 4, args)
+    monkeypatch.undo()
+    acer.describe(make_policy((4, 84, 84))[0], replay, args, "")
+    steps = 50_000 * 16
+    frames = steps * 24 // 20 * 84 * 84  # 20 new frames a segment and the 4 before them: 6.31 GiB
+    rest = steps * (8 + 6 * 4 + 3 * 1 + 4)  # action, μ, three flags, reward
+    assert 6.30 < frames / 2**30 < 6.32
+    assert f"50,000 steps of each environment, {(frames + rest) / 2**30:.2f} GiB" in capsys.readouterr().out
 
 
 def test_a_replay_memory_that_does_not_fit_is_refused_before_training(tmp_path, monkeypatch, capsys):
@@ -400,6 +418,100 @@ def test_acer_section3_minibatch_gradient_is_that_of_its_parts(flags):
     assert (named["correction_loss"] != 0) == args.bias_correction
 
 
+class Table(torch.nn.Module):
+    """π and Q of states 0, 1, …, read from tables."""
+
+    def __init__(self, logits, q):
+        super().__init__()
+        self.logits, self.q = torch.nn.Parameter(logits.clone()), torch.nn.Parameter(q.clone())
+
+    def forward(self, obs):
+        states = obs[:, 0].long()
+        return self.logits[states].softmax(-1), self.q[states]
+
+
+def worked_example(average=None, **flags):
+    """One call of minibatch_gradient on the worked example: gradients by logits and by Q (5, 3), figures."""
+    defaults = {"gamma": 0.9, "trunc_c": 2.0, "trust_region_delta": 0.1, "ent_coef": 0.0, "max_grad_norm": math.inf}
+    args = Args(**{**defaults, **flags})
+    never = torch.zeros(4, 1, dtype=torch.bool)
+    columns = (x[:, None] for x in (torch.arange(5.0)[:, None], ACTIONS, MU, REWARDS))
+    batch = acer.Segment(*columns, never, never, never, [])
+    average = average or Table(AVG.log(), Q[:4])
+    grad, figures = acer.minibatch_gradient(Table(LOGITS, Q), average, batch, torch.zeros(4, 1).double(), args)
+    return *(x.view(5, 3) for x in grad.split(15)), dict(zip(acer.LOSSES, figures.tolist(), strict=True))
+
+
+def test_acer_section3_worked_example():
+    """The gradient of the mean over four steps, and its figures, from formulas in float64 written apart from these."""
+    by_logits, by_q, figures = worked_example()
+    expected = [
+        [0.00565658, -0.01611845, 0.01046187],
+        [0.08878414, -0.06417616, -0.02460798],
+        [-0.01441573, -0.09181919, 0.10623492],
+        [-0.37955506, 0.27747698, 0.10207808],
+        [0, 0, 0],
+    ]
+    close = partial(torch.testing.assert_close, atol=2e-7, rtol=0)
+    close(by_logits, torch.tensor(expected, dtype=torch.float64))
+    by_taken = torch.zeros(5, 3, dtype=torch.float64)
+    by_taken[torch.arange(4), ACTIONS] = torch.tensor([-0.04511983, 0.11616581, 0.09323267, -0.18759474]).double()
+    close(by_q, by_taken)  # only the actions taken
+    losses = {"policy_loss": 0.39730910, "correction_loss": 0.01816330, "value_loss": 0.47531528, "entropy": 0.97892571}
+    assert {name: figures[name] for name in losses} == pytest.approx(losses, abs=2e-6)
+    multipliers = [0, 0.12531745, 0.52247041, 0]
+    assert figures["adjusted_states"] == 0.5 and figures["adjustment"] == pytest.approx(sum(multipliers) / 4, abs=1e-6)
+    rho = [0.45833503, 0.95034286, 0.72914825, 1.0962581]
+    assert figures["mean_ratio"] == pytest.approx(sum(rho) / 4) and figures["largest_ratio"] == pytest.approx(rho[3])
+    assert figures["truncated_ratios"] == 0 and figures["cut_traces"] == 0.75
+    assert worked_example(trunc_c=0.9)[2]["truncated_ratios"] == 0.5
+
+    with_entropy, _, _ = worked_example(ent_coef=0.01)
+    rows = [[0.08923257, -0.06436531, -0.02486726], [-0.01475298, -0.09130317, 0.10605615]]
+    close(with_entropy[1:3], torch.tensor(rows, dtype=torch.float64))
+    free, _, _ = worked_example(trust_region=False)
+    rows = [[0.08149687, -0.05957898, -0.02191788], [-0.02112684, -0.08002816, 0.101155]]
+    close(free[1:3], torch.tensor(rows, dtype=torch.float64))
+
+
+def test_acer_eq12_leaves_the_gradient_alone_where_the_policy_is_its_average():
+    """There k is -1 in every direction, and a constant added to z does not reach θ through a softmax."""
+    held, _, figures = worked_example(average=Table(LOGITS, Q), trust_region_delta=1e-6)
+    free, _, _ = worked_example(trust_region=False)
+    assert figures["adjusted_states"] > 0
+    torch.testing.assert_close(held, free, atol=1e-5, rtol=0)
+
+
+def test_acer_eq9_without_truncation_is_an_importance_weighted_policy_gradient():
+    """c = ∞: no correction. π = μ: neither, and g is A / π of the action; the trust region holds no A > 0 back."""
+    q_ret = vector_retrace()
+    unlimited = acer.acer_gradient(PROBS[:4], Q[:4], q_ret, ACTIONS, MU, 1e12, 0.0)
+    one_hot = torch.nn.functional.one_hot(ACTIONS, 3)
+    expected = one_hot * (PROBS[:4] / MU) * ((q_ret - VALUES[:4])[:, None] / PROBS[:4])
+    torch.testing.assert_close(unlimited, expected, atol=1e-4, rtol=1e-4)
+    on_policy = acer.acer_gradient(PROBS[:4], Q[:4], q_ret, ACTIONS, PROBS[:4], 1.0 + 1e-3, 0.0)
+    torch.testing.assert_close(on_policy, one_hot * (q_ret - VALUES[:4])[:, None] / PROBS[:4], atol=1e-4, rtol=1e-4)
+    k, up = acer.kl_gradient(AVG, PROBS[:4]), (q_ret > VALUES[:4])
+    z = acer.trust_region_step(on_policy, k, 0.1)
+    assert up.any() and not up.all() and torch.equal(z[up], on_policy[up]) and (k.square().sum(-1) >= 1).all()
+
+
+def test_average_policy_gets_no_gradient():
+    class Watched(Table):
+        def forward(self, obs):
+            assert not torch.is_grad_enabled()
+            return super().forward(obs)
+
+    worked_example(average=Watched(AVG.log(), Q[:4]))
+
+
+def test_gradient_norm_is_limited():
+    _, _, figures = worked_example()
+    by_logits, by_q, limited = worked_example(max_grad_norm=0.01)
+    assert torch.cat([by_logits, by_q]).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert limited["grad_norm"] == pytest.approx(figures["grad_norm"]) and figures["grad_norm"] > 0.1
+
+
 def test_duplicating_the_batch_leaves_the_gradient_unchanged():
     """δ limits each state's own g, not the mean's share of it."""
     policy, args = make_policy(trust_region_delta=0.05)
@@ -419,7 +531,6 @@ def test_the_policys_loss_does_not_reach_the_critic_nor_the_last_state():
     parts = grad.split([p.numel() for p in policy.parameters()])
     for (name, _), part in zip(policy.named_parameters(), parts, strict=True):
         assert part.eq(0).all() == name.startswith("q_"), name
-    assert all(p.grad is None for p in average.parameters())
 
     args = dataclasses.replace(args, q_coef=1.0)
     ended = batch._replace(terminated=batch.terminated.clone())
@@ -457,6 +568,25 @@ def test_on_policy_weights_are_one_and_replay_is_poisson():
     np.testing.assert_allclose(np.array(on_policy)[:, :3], [[1, 1, 0]] * 300, atol=1e-4)
     assert np.mean([cut for *_, cut in on_policy]) < 0.01  # EPS lowers the ratio of an action of μ < 0.01 by 1e-4
     assert np.mean([cut for cut, _ in off_policy]) > 0.1 and max(largest for _, largest in off_policy) > 1.01
+
+
+def test_replay_draws_every_stored_segment_of_every_column_alike(monkeypatch):
+    envs, policy, average, rmsprop, replay, rng, args = make_iteration(num_envs=2, replay_ratio=20.0)
+    for _ in range(4):
+        replay.add(acer.collect(envs, policy, rng, args.num_steps, torch.device("cpu")))
+    drawn, batch = [], replay.batch
+    monkeypatch.setattr(replay, "batch", lambda slots: drawn.append(slots) or batch(slots))
+    monkeypatch.setattr(acer, "diagnostics", lambda *_: torch.zeros(len(acer.LOSSES)))
+    updates = 60
+    for _ in range(updates):
+        before = len(drawn)
+        acer.update(policy, average, rmsprop, acer.minibatch_step, replay, rng, args)
+        assert drawn[before].tolist() == [3, 3]  # the on-policy call
+        del drawn[before]
+    pairs = torch.stack(drawn)  # (about 1200, 2)
+    counts = torch.zeros(4, 4).index_put_((pairs[:, 0], pairs[:, 1]), torch.ones(len(pairs)), accumulate=True)
+    expected = len(pairs) / 16  # all pairs of slots alike: columns draw apart
+    assert ((counts - expected).abs() < 5 * math.sqrt(expected)).all()
 
 
 def test_truncated_steps_take_v_of_the_final_observation_as_it_is_now(monkeypatch):
@@ -538,6 +668,22 @@ def test_resuming_restores_all_but_the_replay_memory_unless_it_was_saved(tmp_pat
     assert len(counts) == 8 and counts[0] == 0 and (counts[4] == 0 or save)
 
 
+def test_a_replay_memory_of_another_step_size_or_kind_is_not_taken(tmp_path, capsys):
+    flags = SMALL | {"total_timesteps": 80, "save_replay": True, "save_every": 2}
+    path = train(Args(**flags, run_dir=str(tmp_path / "run")))["checkpoint"]
+    train(Args(**flags | {"total_timesteps": 160, "save_replay": False}, resume=path))
+    capsys.readouterr()
+    train(Args(**flags | {"total_timesteps": 200}, resume=path))
+    assert "replay.pt is of step 80; empty, filled again" in capsys.readouterr().out
+    files = sorted(Path(path).parent.iterdir())
+    with pytest.raises(acer.InputError, match="--replay-capacity or --num-steps: .* has another size"):
+        train(Args(**flags | {"total_timesteps": 300, "replay_capacity": 100}, resume=path))
+    Path(path).with_name("replay.pt").write_bytes(b"PK")
+    with pytest.raises(acer.InputError, match="replay.pt is not readable .* move it away"):
+        train(Args(**flags | {"total_timesteps": 300}, resume=path))
+    assert sorted(Path(path).parent.iterdir()) == files  # a refusal leaves the folder as it is
+
+
 def test_score_and_ablation_flags_train(tmp_path):
     for i, flags in enumerate(({"replay_ratio": 0.0}, {"trust_region": False}, {"bias_correction": False})):
         result = train(Args(**SMALL | flags, total_timesteps=400, run_dir=str(tmp_path / str(i))))
@@ -550,6 +696,56 @@ def test_atari_trains_and_evaluates_full_games(tmp_path, capsys):
     result = train(args)
     out = capsys.readouterr().out
     assert result["steps"] == 80 and "network: convolutions" in out and "replay memory: 50 steps" in out
+    evaluation = json.loads(Path(result["run_dir"], "eval.json").read_text())
+    envs = acer.make_envs(args.env_id, 1, 10**6 + args.seed, ale=args.ale)  # 25 steps without a life's end in between
+    policy = acer.Policy(envs.obs.shape[1:], envs.action_space, args)
+    policy.load_state_dict(torch.load(result["checkpoint"], weights_only=True)["policy"])
+    score, steps, ended = 0.0, 0, False
+    while not ended:
+        _, rewards, terminated, truncated, _ = envs.step(policy.act(torch.from_numpy(envs.obs))[0].numpy())
+        score, steps, ended = score + rewards[0], steps + 1, bool(terminated[0] | truncated[0])
+    assert evaluation["deterministic"] == [score] and steps == 25
+
+
+@pytest.mark.parametrize("clip, life_loss", [(True, True), (False, False)])
+def test_atari_stores_clipped_rewards_and_lost_lives_as_asked_and_logs_raw_scores(
+    tmp_path, monkeypatch, clip, life_loss
+):
+    """Every reward is made 7 times as large; actions are random."""
+    stored, add, step, rng = [], acer.Replay.add, acer.AtariEnvs.step, np.random.default_rng(0)
+
+    def louder(envs, actions):
+        next_obs, rewards, *rest = step(envs, rng.integers(4, size=2))
+        return next_obs, 7 * rewards, *rest
+
+    monkeypatch.setattr(acer.Replay, "add", lambda self, segment: stored.append(segment) or add(self, segment))
+    monkeypatch.setattr(acer.AtariEnvs, "step", louder)
+    flags = SMALL | {"env_id": "ALE/Breakout-v5", "num_envs": 2, "cnn_hidden": 16, "num_steps": 50, "seed": 3}
+    flags |= {"clip_rewards": clip, "life_loss_terminal": life_loss, "total_timesteps": 800, "replay_ratio": 0.0}
+    train(Args(**flags, run_dir=str(tmp_path / "run")))
+    rewards, lost = torch.cat([s.rewards for s in stored]), sum(int(s.terminated.sum()) for s in stored)
+    games = sum(int(s.resets.sum()) for s in stored)
+    assert rewards.unique().tolist() == ([0, 1] if clip else [0, 7])
+    assert games >= 2 and (lost >= 4 * games if life_loss else lost == games)
+
+
+def test_training_keeps_an_average_policy_apart_and_anneals_the_rate_if_asked(tmp_path, monkeypatch):
+    seen, original = [], acer.update
+
+    def spy(policy, average, rmsprop, *rest):
+        same = [torch.equal(a, b) for a, b in zip(policy.parameters(), average.parameters(), strict=True)]
+        shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in average.parameters()}
+        seen.append((all(same), bool(shared), rmsprop.lr.item()))
+        return original(policy, average, rmsprop, *rest)
+
+    monkeypatch.setattr(acer, "update", spy)
+    for anneal in (False, True):
+        seen.clear()
+        flags = SMALL | {"total_timesteps": 80, "anneal_lr": anneal, "learning_rate": 0.25}
+        train(Args(**flags, run_dir=str(tmp_path / str(anneal))))
+        same, shared, rates = zip(*seen, strict=True)
+        assert same == (True, False, False, False) and not any(shared)
+        assert rates == ((0.25, 0.1875, 0.125, 0.0625) if anneal else (0.25,) * 4)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -575,6 +771,9 @@ def test_learns_cartpole(tmp_path, seed):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         ("--replay-ratio -1", "must not be negative"),
+        ("--replay-ratio inf", "--replay-ratio must be finite"),
+        ("--replay-start 600 --replay-capacity 519", "would never begin: the memory holds 500 steps"),
+        ("--replay-capacity 19", "would never begin: the memory holds 0 steps"),
         ("--total-timesteps 100", "less than one batch"),
         ("--resume nothing/checkpoint.pt", "not a readable checkpoint"),
     ],
