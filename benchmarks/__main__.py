@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.runner import BenchmarkError, progress, read_index, run_jobs, select, state
+from benchmarks.runner import ROOT, BenchmarkError, progress, read_index, run_jobs, select, state
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Run:
     tasks: tuple[str, ...] = ()  # Gymnasium ids; default all of the suite
     workers: int = 2  # runs at a time, one thread each
     retry: bool = False  # try failed runs again
-    dry_run: bool = False  # print one command line a run and do nothing
+    dry_run: bool = False  # print one command line a run; once they are done, the same without this flag records them
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main() -> int:
         if command.workers < 1:
             raise BenchmarkError(f"--workers {command.workers}: one or more")
         if command.dry_run:
-            print("\n".join(job.command for job in jobs))
+            print("\n".join(f"{job.command} --run-dir {job.folder.relative_to(ROOT)}" for job in jobs))
             return 0
         return run_jobs(jobs, command.workers, command.retry)
     done = {row["key"] for row in read_index(command.suite)}
@@ -73,7 +73,7 @@ def main() -> int:
     for job, what in states.items():
         detail = f"{progress(job):,} steps" if what == "half-done" else ""
         if what == "failed":
-            detail = job.error.read_text().strip().splitlines()[-1]
+            detail = " / ".join(job.error.read_text().splitlines()[-2:])
         print(f"{what:10} {job.name:60} {detail}".rstrip())
     print(", ".join(f"{count} {what}" for what, count in Counter(states.values()).items()))
     return 0

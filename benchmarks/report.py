@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mode
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ from rliable import library as rly
 from rliable import metrics
 from scipy.stats import bootstrap
 
-from benchmarks.runner import PEERS, RESULTS, ROOT, code_hash, read_index
+from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
 from benchmarks.suites import SUITES
 
 RESAMPLES = 2000
@@ -34,20 +35,20 @@ def algorithm(label: str) -> str:
     return next(name for name in ("TRPO", "PPO", "ACER") if name.lower() in label)
 
 
-def scores(suite: str, mode: str = "last100") -> dict[str, dict[str, list[float]]]:
+def scores(suite: str, column: str = "last100") -> dict[str, dict[str, list[float]]]:
     """label -> task -> score of each seed, in the order of the suite."""
     rows = read_index(suite)
     order = dict.fromkeys((e.label, e.task) for e in SUITES[suite])
     found = defaultdict(dict)
     for label, task in order:
         mine = sorted((r for r in rows if (r["label"], r["task"]) == (label, task)), key=lambda r: int(r["seed"]))
-        if values := [float(r[mode]) for r in mine if r[mode]]:
+        if values := [float(r[column]) for r in mine if r[column]]:
             found[label][task] = values
     return dict(found)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds."""
+    """95 % bootstrap interval of the mean over seeds; of three seeds it is their range, and covers less than 95 %."""
     if len(set(values)) == 1:
         return values[0], values[0]
     found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
@@ -76,10 +77,14 @@ def score_table(suite: str) -> str:
     return "\n".join(lines)
 
 
-def worst_drop(rows: np.ndarray) -> float:
-    """The lowest ratio of the return to its best so far, from 300,000 steps on; 1 = never fell. rows (points, 2)."""
+def worst_drop(rows: np.ndarray, zero: float) -> float:
+    """The lowest ratio of the return to its best so far, both above `zero`, a random policy's, from step 300,000 on.
+
+    rows (points, 2) -> 1 where it never fell.
+    """
     rows = rows[~np.isnan(rows[:, 1])]
-    ratios = rows[:, 1] / np.maximum.accumulate(rows[:, 1])
+    gained = rows[:, 1] - zero
+    ratios = gained / np.maximum.accumulate(gained)
     return min([1.0, *ratios[rows[:, 0] >= 300_000].tolist()])
 
 
@@ -90,7 +95,8 @@ def trust_table(suite: str) -> str:
         runs = [r for r in read_index(suite) if r["task"] == task and r["script"] == "trpo_continuous"]
         if runs:
             curves = [curve(suite, r["label"], task, int(r["seed"])) for r in runs]
-            kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2]) for c in curves)
+            zero = references()[task, "random"]
+            kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2], zero) for c in curves)
             lines.append(f"| {task} | {kl:.5f} | {drop:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -105,19 +111,20 @@ def steps_table(suite: str) -> str:
             seeds = [r["seed"] for r in read_index(suite) if (r["label"], r["task"]) == (label, task)]
             curves = [curve(suite, label, task, int(seed)) for seed in seeds]
             reached = [c[c[:, 1] >= BARS[task], 0][0] for c in curves if (c[:, 1] >= BARS[task]).any()]
-            missed = f", {len(curves) - len(reached)} never" if len(reached) < len(curves) else ""
-            cells.append(cell(reached) + missed if task in runs else "")
+            some = f"{len(reached)} of {len(curves)} seeds reach it"
+            cells.append((cell(reached) if len(reached) == len(curves) else some) if task in runs else "")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) if tasks else ""
 
 
 def normalized(suite: str) -> dict[str, np.ndarray]:
-    """label -> (seeds, tasks): random policy 0, published reference 1; tasks and seeds that every row of it has."""
+    """label -> (seeds, tasks): random policy 0, published reference 1; of tasks with as many seeds as most, or more."""
     published, result = references(), {}
     for label, tasks in scores(suite).items():
         kept = [t for t in tasks if (t, algorithm(label)) in published and (t, "random") in published]
         if kept:
-            seeds = min(len(tasks[t]) for t in kept)
+            seeds = mode([len(tasks[t]) for t in kept])
+            kept = [t for t in kept if len(tasks[t]) >= seeds]
             zero, one = (np.array([published[t, a] for t in kept]) for a in ("random", algorithm(label)))
             raw = np.array([tasks[t][:seeds] for t in kept]).T
             result[label] = (raw - zero) / (one - zero)
@@ -139,7 +146,8 @@ def aggregate_table(suite: str) -> str:
     points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
     for label, x in data.items():
         low, high = intervals[label][:, 0]
-        lines.append(f"| {label} | {points[label][0]:.2f} [{low:.2f}, {high:.2f}] | {x.shape[1]} | {x.shape[0]} |")
+        spread = f" [{low:.2f}, {high:.2f}]" if len(x) > 1 else ""
+        lines.append(f"| {label} | {points[label][0]:.2f}{spread} | {x.shape[1]} | {x.shape[0]} |")
     return "\n".join(lines)
 
 
@@ -161,14 +169,14 @@ def improvement_lines(ours: str, theirs: str) -> list[str]:
 
 
 def stale_lines(suite: str) -> list[str]:
-    """Which results come from another version of a script than the one in the tree."""
-    old = defaultdict(list)
+    """Which results come from another version of a script, or of its flags, than those in the tree."""
+    old, entries = defaultdict(list), {(e.label, e.task): e for e in SUITES[suite]}
     for row in read_index(suite):
-        path = ROOT / ("benchmarks/peers.py" if row["script"] in PEERS else f"{row['script']}.py")
-        if row["code"] != code_hash(path):
+        entry = entries[row["label"], row["task"]]
+        if Job(suite, entry, int(row["seed"]), code_hash(script_path(entry.script))).key != row["key"]:
             old[row["label"], row["commit"]].append(row["task"])
     return [
-        f"- older script: {label} at commit {commit}, {len(tasks)} runs of {', '.join(dict.fromkeys(tasks))}"
+        f"- older script or flags: {label} at commit {commit}, {len(tasks)} runs of {', '.join(dict.fromkeys(tasks))}"
         for (label, commit), tasks in old.items()
     ]
 
@@ -204,9 +212,10 @@ def plot_curves(suite: str) -> None:
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, label in enumerate(labels):
             seeds = [r["seed"] for r in rows if (r["label"], r["task"]) == (label, task)]
-            if not seeds:
-                continue
             curves = [curve(suite, label, task, int(seed))[:, :2] for seed in seeds]
+            curves = [c for c in curves if not np.isnan(c[:, 1]).all()]  # no episode ended
+            if not curves:
+                continue
             start = max(c[~np.isnan(c[:, 1]), 0][0] for c in curves)
             grid = np.linspace(start, min(c[-1, 0] for c in curves), 100)
             values = np.array([np.interp(grid, *c[~np.isnan(c[:, 1])].T) for c in curves])
@@ -244,9 +253,11 @@ def plot_aggregate(suite: str) -> None:
     left.set_ylim(len(data) - 0.5, -0.5)
     left.set_xlabel("interquartile mean of normalized scores\n(random policy 0, best published 1)", fontsize=8)
     levels = np.linspace(0, 1.6, 81)
-    profiles, _ = rly.create_performance_profile(data, levels, reps=10)
+    np.random.seed(0)
+    profiles, bands = rly.create_performance_profile(data, levels, reps=RESAMPLES)
     for i, (label, profile) in enumerate(profiles.items()):
         right.plot(levels, profile, label=label, linewidth=1.4, **style(i))
+        right.fill_between(levels, *bands[label], color=style(i)["color"], alpha=0.2, linewidth=0)
     right.set_xlabel("normalized score τ", fontsize=8)
     right.set_ylabel("share of runs above τ", fontsize=8)
     right.legend(fontsize=7)

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,28 +43,47 @@ class BenchmarkError(Exception):
     """Bad input or a missing piece; the message is one line that says what to change."""
 
 
-@cache
 def code_hash(path: Path) -> str:
     """Hash of a script's syntax tree without docstrings: comments and layout may change, nothing else."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+    def plain(x: object) -> object:  # not ast.dump, which differs between versions of Python
+        if isinstance(x, ast.AST):
+            return type(x).__name__, [(name, plain(y)) for name, y in ast.iter_fields(x) if y not in (None, [])]
+        return [plain(y) for y in x] if isinstance(x, list) else x
+
+    return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:16]
+
+
+def script_path(name: str) -> Path:
+    """The file that trains, of a script or a peer."""
+    return ROOT / ("benchmarks/peers.py" if name in PEERS else f"{name}.py")
+
+
+def commit() -> str:
+    """The commit of the working tree, or nothing where git can't tell."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an entry of a suite with a seed."""
+    """One run: an entry of a suite with a seed, and the code of its script."""
 
     suite: str
     entry: Entry
     seed: int
+    code: str  # code_hash of the script
 
     @property
     def script(self) -> Path:
-        """The file that trains."""
-        return ROOT / ("benchmarks/peers.py" if self.entry.script in PEERS else f"{self.entry.script}.py")
+        return script_path(self.entry.script)
 
     @property
     def command(self) -> str:
@@ -76,7 +95,7 @@ class Job:
     @property
     def key(self) -> str:
         """Names the run: the same script with the same command gives the same."""
-        return hashlib.sha256(f"{code_hash(self.script)} {self.command}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.code} {self.command}".encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
@@ -89,8 +108,13 @@ class Job:
 
     @property
     def error(self) -> Path:
-        """Where the output of a failed run is."""
+        """The output of a run that failed by itself."""
         return self.folder.with_suffix(".error")
+
+    @property
+    def log(self) -> Path:
+        """The output of the run."""
+        return self.folder.with_suffix(".log")
 
     @property
     def curve(self) -> Path:
@@ -112,9 +136,11 @@ def read_index(suite: str) -> list[dict[str, str]]:
 
 
 def state(job: Job, done: set[str]) -> str:
-    """done, failed, half-done or to do."""
+    """done, to record (finished, but not by this harness), failed, half-done or to do."""
     if job.key in done:
         return "done"
+    if (job.folder / "eval.json").exists():
+        return "to record"
     return "failed" if job.error.exists() else "half-done" if (job.folder / "checkpoint.pt").exists() else "to do"
 
 
@@ -126,7 +152,7 @@ def parse_seeds(text: str) -> list[int]:
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise BenchmarkError(f"--seeds {text}: write for example 1-5 or 1,3,7-9")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return seeds
+    return list(dict.fromkeys(seeds))
 
 
 def select(suite: str, seeds: str, only: tuple[str, ...] = (), tasks: tuple[str, ...] = ()) -> list[Job]:
@@ -140,7 +166,10 @@ def select(suite: str, seeds: str, only: tuple[str, ...] = (), tasks: tuple[str,
         if unknown := set(names) - known:
             raise BenchmarkError(f"--{flag} {' '.join(sorted(unknown))}: {suite} has {', '.join(sorted(known))}")
     entries = [e for e in SUITES[suite] if (not only or e.label in only) and (not tasks or e.task in tasks)]
-    return [Job(suite, entry, seed) for seed in parse_seeds(seeds) for entry in entries]
+    if not entries:
+        raise BenchmarkError(f"--suite {suite} has no {' '.join(only)} on {' '.join(tasks)}")
+    code = {entry.script: code_hash(script_path(entry.script)) for entry in entries}
+    return [Job(suite, entry, seed, code[entry.script]) for seed in parse_seeds(seeds) for entry in entries]
 
 
 def last_row(path: Path) -> list[str]:
@@ -189,7 +218,7 @@ def hardware() -> str:
     return f"{name}, {os.cpu_count()} cores".replace(",", "")
 
 
-def record(job: Job) -> dict[str, str]:
+def record(job: Job, at_commit: str) -> dict[str, str]:
     """Write the curve of a finished run; -> its row of index.csv."""
     rows = list(csv.DictReader((job.folder / "progress.csv").open()))
     write_curve(job, rows)
@@ -201,13 +230,12 @@ def record(job: Job) -> dict[str, str]:
             scores["eval_episodes"] = str(len(returns))
     packages = ("torch", "gymnasium", "ale-py" if job.entry.task.startswith("ALE/") else "mujoco")
     packages += ("stable-baselines3", "sb3-contrib") if job.entry.script in PEERS else ()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     last100 = f"{float(rows[-1]['episodic_return']):.2f}" if rows[-1]["episodic_return"] else ""
     return {
         **{"key": job.key, "label": job.entry.label, "script": job.entry.script, "task": job.entry.task},
         **{"seed": str(job.seed), "steps": rows[-1]["step"], "last100": last100, **scores},
-        **{"seconds": rows[-1]["seconds"], "code": code_hash(job.script), "command": job.command},
-        **{"commit": commit.strip(), "versions": " ".join(f"{p}=={version(p)}" for p in packages)},
+        **{"seconds": rows[-1]["seconds"], "code": job.code, "command": job.command},
+        **{"commit": at_commit, "versions": " ".join(f"{p}=={version(p)}" for p in packages)},
         **{"hardware": hardware(), "date": time.strftime("%Y-%m-%d")},
     }
 
@@ -252,33 +280,40 @@ def locked(suite: str) -> Iterator[int]:
 
 
 def train(job: Job, stop: threading.Event, running: dict[Job, subprocess.Popen], lock: int) -> str | None:
-    """One run to its end, in a process of its own with one thread; -> its last lines if it failed."""
+    """One run to its end, in a process of its own with one thread of PyTorch's; -> why it failed, if it did."""
     if stop.is_set():
         return None
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    if job.folder.exists() and not (job.folder / "checkpoint.pt").exists():  # killed before its first checkpoint
-        shutil.rmtree(job.folder)
-    job.error.unlink(missing_ok=True)
-    log = job.folder.with_suffix(".log")
-    with log.open("w") as file:
-        running[job] = subprocess.Popen(
-            job.argv, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            pass_fds=[lock], start_new_session=True,  # a Ctrl-C reaches it through the loop of `run_jobs` alone
-        )  # fmt: skip
-        code = running[job].wait()
-    del running[job]
+    if code_hash(job.script) != job.code:
+        return f"{job.script.name} has changed since this command began: run it again"
+    at_commit, code = commit(), 0
+    if not (job.folder / "eval.json").exists():  # else it finished without this harness
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        if job.folder.exists() and not (job.folder / "checkpoint.pt").exists():  # killed before its first checkpoint
+            shutil.rmtree(job.folder)
+        job.error.unlink(missing_ok=True)
+        with job.log.open("w") as file:
+            running[job] = subprocess.Popen(
+                job.argv, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                pass_fds=[lock], start_new_session=True,  # a Ctrl-C reaches it through the loop of `run_jobs` alone
+            )  # fmt: skip
+            code = running[job].wait()
+        del running[job]
     if code == 0:
         with INDEX_LOCK:
-            append(job.suite, record(job))
+            append(job.suite, record(job, at_commit))
     if code == 0 or stop.is_set():
         return None
-    text = log.read_text().strip().splitlines()
+    if code < 0:
+        return f"killed by signal {-code}; the same command goes on from its checkpoint, if there is one"
+    text = [*job.log.read_text().strip().splitlines(), f"exit code {code}"]
     job.error.write_text("\n".join(text) + "\n")
-    return " / ".join(text[-3:]) or f"exit code {code}"
+    return f"{' / '.join(text[-4:])}\n  all of its output: {job.log.relative_to(ROOT)}"
 
 
 def run_jobs(jobs: list[Job], workers: int, retry: bool) -> int:
     """Train what is not done of a suite, `workers` at a time; -> the exit code. Ctrl-C stops cleanly."""
+    if any(job.entry.script in PEERS for job in jobs) and not find_spec("stable_baselines3"):
+        raise BenchmarkError("stable_baselines3 is missing: pip install -r benchmarks/requirements.txt")
     done = {row["key"] for row in read_index(jobs[0].suite)}
     states = {job: state(job, done) for job in jobs}
     todo = [job for job, what in states.items() if what != "done" and (retry or what != "failed")]
@@ -290,7 +325,9 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool) -> int:
         locked(jobs[0].suite) as lock,
         stop_on_signals() as stop,
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(map(budget, todo)), unit="step", unit_scale=True, disable=None) as bar,
+        tqdm(
+            total=sum(map(budget, todo)), initial=sum(map(progress, todo)), unit="step", unit_scale=True, disable=None
+        ) as bar,
     ):
         futures = {pool.submit(train, job, stop, running, lock): job for job in todo}
         told = False
@@ -306,8 +343,7 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool) -> int:
                     job = futures.pop(future)
                     if why := future.result():
                         failed += 1
-                        where = job.error.relative_to(ROOT)
-                        tqdm.write(f"failed: {job.command}\n  {why}\n  all of its output: {where}")
+                        tqdm.write(f"failed: {job.command}\n  {why}")
                     elif not stop.is_set():
                         tqdm.write(f"done: {job.command}")
                     finished += budget(job)

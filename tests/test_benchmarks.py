@@ -52,7 +52,7 @@ def test_every_entry_is_a_command_that_its_script_understands():
     for suite, entries in SUITES.items():
         assert len({(e.label, e.task) for e in entries}) == len(entries)  # names of files
         for entry in entries:
-            job = Job(suite, entry, 1)
+            job = Job(suite, entry, 1, "")
             python, script, *flags = job.command.split()
             assert python == "python" and (ROOT / script).exists()
             module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
@@ -61,16 +61,17 @@ def test_every_entry_is_a_command_that_its_script_understands():
             assert runner.budget(job) == args.total_timesteps
 
 
-def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    script, keys = tmp_path / "ppo_continuous.py", []
-    for text in ('"""A."""\nx = 1\n', '"""B."""\n# c\nx  = 1\n', '"""A."""\nx = 2\n'):
+def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path):
+    script, codes = tmp_path / "script.py", []
+    for text in ('"""A."""\nx = 1\n', '"""B."""\n# c\nx  = 1\n', '"""A."""\nx = 2\n', '"""A."""\nx = None\n'):
         script.write_text(text)
-        runner.code_hash.cache_clear()
-        keys.append(Job("mujoco", Entry("ppo_continuous", "Hopper-v5"), 1).key)
-    assert keys[0] == keys[1] != keys[2]
-    assert Job("mujoco", Entry("ppo_continuous", "Hopper-v5", "--gamma 0.9"), 1).key != keys[2]
-    runner.code_hash.cache_clear()
+        codes.append(runner.code_hash(script))
+    assert codes[0] == codes[1] and len(set(codes)) == 3
+    assert codes[0] == "5dd0a2d7c7330240"  # on every version of Python
+    jobs = [
+        Job("mujoco", Entry("ppo_continuous", "Hopper-v5", flags), 1, code) for code in "ab" for flags in ("", "-x")
+    ]
+    assert len({job.key for job in jobs}) == 4
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,10 @@ def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path, monkeypat
         (["status", "--suite", "smoke", "--tasks", "Nosuch-v5"], "--tasks Nosuch-v5: smoke has ALE/Pong-v5"),
         (["run", "--suite", "smoke", "--only", "dqn"], "--only dqn: smoke has acer_discrete"),
         (["run", "--suite", "smoke", "--workers", "0"], "--workers 0: one or more"),
+        (
+            ["run", "--suite", "atari", "--only", "acer_discrete", "--tasks", "ALE/Breakout-v5"],
+            "atari has no acer_disc",
+        ),
     ],
 )
 def test_bad_input_is_one_line(args, message):
@@ -93,7 +98,9 @@ def test_dry_run_prints_one_command_a_run():
         "\n"
     )
     assert len(lines) == 2 * 9 + 1
-    assert lines[0] == "python ppo_continuous.py --env-id Ant-v5 --seed 1 --eval-episodes 100"
+    command, folder = lines[0].split(" --run-dir ")
+    assert command == "python ppo_continuous.py --env-id Ant-v5 --seed 1 --eval-episodes 100"
+    assert folder.startswith("runs/benchmarks/mujoco/ppo_continuous__Ant-v5__s1__")
     assert sum("Swimmer-v5 --seed 2 --gamma 0.9999" in line for line in lines) == 1
 
 
@@ -141,7 +148,7 @@ def test_a_failed_run_is_told_kept_and_resumed_on_demand(copy):
     (copy / "ppo_continuous.py").write_text(SCRIPT)
     flags = ("--suite", "mujoco", "--seeds", "2", "--only", "ppo_continuous", "--tasks", "Ant-v5")
     first = harness("run", *flags, folder=copy)
-    assert first.returncode == 1 and "one / it broke" in first.stdout
+    assert first.returncode == 1 and "one / it broke / exit code 1" in first.stdout
     status = harness("status", *flags, folder=copy).stdout
     assert status.startswith("failed") and "it broke" in status and "1 failed" in status
     again = harness("run", *flags, folder=copy)
@@ -157,6 +164,41 @@ def test_a_failed_run_is_told_kept_and_resumed_on_demand(copy):
     curve = list(csv.DictReader((copy / "benchmarks/results/mujoco/ppo_continuous__Ant-v5__s2.csv").open()))
     assert [int(point["step"]) for point in curve] == list(range(3, 301, 3))
     assert "1 done" in harness("status", *flags, folder=copy).stdout
+
+
+def test_a_run_that_was_killed_is_half_done_and_one_made_elsewhere_is_recorded(copy):
+    flags = ("--suite", "mujoco", "--seeds", "2", "--only", "ppo_continuous", "--tasks", "Ant-v5")
+    (copy / "ppo_continuous.py").write_text(
+        SCRIPT.replace('sys.exit("it broke")', "import os; os.kill(os.getpid(), 9)")
+    )
+    killed = harness("run", *flags, folder=copy)
+    assert killed.returncode == 1 and "killed by signal 9" in killed.stdout
+    assert "1 half-done" in harness("status", *flags, folder=copy).stdout
+    python, *command = harness("run", *flags, "--dry-run", folder=copy).stdout.split()
+    shutil.rmtree(copy / "runs")
+    (copy / "runs/benchmarks/mujoco").mkdir(parents=True)
+    subprocess.run([sys.executable, *command], cwd=copy)  # as a scheduler would, and again from where it was killed
+    subprocess.run([sys.executable, command[0], "--resume", f"{command[-1]}/checkpoint.pt"], cwd=copy, check=True)
+    assert "1 to record" in harness("status", *flags, folder=copy).stdout
+    assert harness("run", *flags, folder=copy).returncode == 0
+    (row,) = csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open())
+    assert row["last100"] == "299.00" and "1 done" in harness("status", *flags, folder=copy).stdout
+
+
+def test_a_script_that_changes_while_others_run_is_refused(copy):
+    (copy / "ppo_continuous.py").write_text(
+        SCRIPT.replace(
+            "import sys, json, pathlib",
+            """
+import sys, json, pathlib
+pathlib.Path(__file__).write_text(pathlib.Path(__file__).read_text() + "x = 1\\n")
+""",
+        ).replace('sys.exit("it broke")', "sys.exit()")
+    )
+    flags = ("--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous", "--tasks", "Ant-v5", "--workers", "1")
+    result = harness("run", *flags, folder=copy)
+    assert result.returncode == 1 and "ppo_continuous.py has changed since this command began" in result.stdout
+    assert len(list(csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open()))) == 1
 
 
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
@@ -224,13 +266,84 @@ def test_tables_are_those_that_report_makes():
         assert "<!-- report: " in text and report.fill(text, made) == text, f"python -m benchmarks report ({path.name})"
 
 
-def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k():
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """benchmarks.report on results of its own: random policy 10 and published 20, or -50 and -40."""
     report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+    entries = tuple(Entry("ppo_continuous", task) for task in ("A-v0", "B-v0", "C-v0"))
+    monkeypatch.setattr(report, "SUITES", {"mine": entries})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    zeros, ones = {"A-v0": 10, "B-v0": -50, "C-v0": 10}, {"A-v0": 20, "B-v0": -40, "C-v0": 20}
+    published = {(task, name): x for name, values in (("random", zeros), ("PPO", ones)) for task, x in values.items()}
+    monkeypatch.setattr(report, "references", lambda: published)
+    runs = {"A-v0": (10, 20, 30, 25), "B-v0": (-50, -40, -45, -30), "C-v0": (12,)}
+    rows = [
+        {"label": "ppo_continuous", "script": "ppo_continuous", "task": task, "seed": str(seed), "last100": str(score)}
+        | {"deterministic": "", "key": "", "commit": "abc"}
+        for task, scores in runs.items()
+        for seed, score in enumerate(scores, 1)
+    ]
+    monkeypatch.setattr(report, "read_index", lambda suite: rows)
+    return report
+
+
+def test_scores_are_normalized_task_by_task(report):
+    import numpy as np
+
+    (scores,) = report.normalized("mine").values()  # C has one seed only
+    np.testing.assert_allclose(scores, [[0, 0], [1, 1], [2, 0.5], [1.5, 2]])
+
+
+def test_interquartile_mean_and_interval(report):
+    table = report.aggregate_table("mine").splitlines()
+    mean = (0.5 + 1 + 1 + 1.5) / 4  # of the middle half of 0, 0, 0.5, 1, 1, 1.5, 2, 2
+    label, cell, tasks, seeds = (x.strip() for x in table[2].strip("|").split("|"))
+    assert (label, tasks, seeds) == ("ppo_continuous", "2", "4") and cell.startswith(f"{mean:.2f} [")
+    low, high = map(float, cell.split("[")[1].rstrip("]").split(","))
+    assert 0 <= low < mean < high <= 2
+    assert report.aggregate_table("mine").splitlines() == table  # no chance in it
+
+
+def test_mean_and_interval_of_a_cell(report):
+    assert report.cell([10.0]) == "10.0 (1)" and report.cell([]) == ""
+    assert report.cell([500.0, 500.0]) == "500 [500, 500] (2)"
+    low, high = report.interval([float(x) for x in range(101)])  # its standard error is 2.90
+    assert low == pytest.approx(50 - 1.96 * 2.9, abs=0.6) and high == pytest.approx(50 + 1.96 * 2.9, abs=0.6)
+
+
+def test_results_of_other_code_or_flags_are_named(report, monkeypatch):
+    (line,) = report.stale_lines("mine")
+    assert "ppo_continuous at commit abc, 9 runs of A-v0, B-v0, C-v0" in line
+    rows = report.read_index("mine")
+    for row in rows:
+        code = runner.code_hash(ROOT / "ppo_continuous.py")
+        row["key"] = Job("mine", Entry("ppo_continuous", row["task"]), int(row["seed"]), code).key
+    assert report.stale_lines("mine") == []
+    rows[0]["key"] = Job("mine", Entry("ppo_continuous", "A-v0", "--gamma 0.9"), 1, code).key
+    assert "1 runs of A-v0" in report.stale_lines("mine")[0]
+
+
+def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "BARS", {"A-v0": 20, "C-v0": 20})
+    (tmp_path / "mine").mkdir()
+    for task, seeds in (("A-v0", 4), ("C-v0", 1)):
+        for seed in range(1, seeds + 1):
+            points = [(100, ""), (200, 19), (300 + 100 * seed, 20 if task == "A-v0" else 19), (900, 15)]
+            text = "".join(f"{step},{value},1.0,0\n" for step, value in points)
+            path = tmp_path / f"mine/ppo_continuous__{task}__s{seed}.csv"
+            path.write_text("step,episodic_return,seconds,largest_kl\n" + text)
+    row = report.steps_table("mine").splitlines()[2]
+    assert row.startswith("| ppo_continuous | 550 [") and row.endswith("(4) | 0 of 1 seeds reach it |")
+
+
+def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(report):
     import numpy as np
 
     points = np.array([(100_000, 10.0), (200_000, 1.0), (300_000, 8.0), (400_000, 20.0), (500_000, 15.0)])
-    assert report.worst_drop(points) == pytest.approx(0.75)
-    assert report.worst_drop(points[:3]) == pytest.approx(0.8)
+    assert report.worst_drop(points, 0.0) == pytest.approx(0.75)
+    assert report.worst_drop(points[:3], 0.0) == pytest.approx(0.8)
+    below = np.array([(300_000, -4.0), (400_000, -22.0)])
+    assert report.worst_drop(below, -40.0) == pytest.approx(0.5)  # half of the way back to a random policy
 
 
 def test_speed_tables_are_made_from_the_results():
