@@ -18,7 +18,7 @@ from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_
 from benchmarks.suites import SUITES
 
 RESAMPLES = 2000
-BARS = {"CartPole-v1": 475, "Acrobot-v1": -100}  # scores at which Gymnasium calls them solved
+BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 STYLES = ("-", "--", "-.", ":")
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -56,13 +56,13 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def cell(values: list[float] | None) -> str:
-    """mean [interval], number of seeds; two digits below 100."""
+    """mean [interval] (number of seeds), with one decimal below 100."""
     if not values:
         return ""
     digits = 0 if abs(np.mean(values)) >= 100 else 1
     low, high = interval(values)
-    spread = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread} ({len(values)})"
+    spread = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if len(values) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{spread} ({len(values)})"
 
 
 def score_table(suite: str) -> str:
@@ -74,6 +74,16 @@ def score_table(suite: str) -> str:
     for task in tasks:
         cells = [cell(x.get(label, {}).get(task)) for label in training for x in (training, evaluated)]
         lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs_table(suite: str) -> str:
+    """Markdown: a row for each run, for suites of few and long ones that differ in steps."""
+    lines = ["| command | steps | last 100 training episodes | deterministic | sampled | hours |", "|---" * 6 + "|"]
+    for row in read_index(suite):
+        scores = [f"{float(row[mode]):.1f}" if row[mode] else "" for mode in ("last100", "deterministic", "sampled")]
+        hours = f"{float(row['seconds']) / 3600:.1f}"
+        lines.append(f"| `{row['command']}` | {int(row['steps']):,} | {' | '.join(scores)} | {hours} |")
     return "\n".join(lines)
 
 
@@ -297,7 +307,7 @@ def blocks() -> dict[str, str]:
     made = {}
     for suite in SUITES:
         if read_index(suite):
-            made[suite] = score_table(suite)
+            made[suite], made[f"{suite} runs"] = score_table(suite), runs_table(suite)
             if aggregate := aggregate_table(suite):
                 made[f"{suite} aggregate"] = aggregate
             if steps := steps_table(suite):

@@ -306,7 +306,7 @@ def test_interquartile_mean_and_interval(report):
 
 def test_mean_and_interval_of_a_cell(report):
     assert report.cell([10.0]) == "10.0 (1)" and report.cell([]) == ""
-    assert report.cell([500.0, 500.0]) == "500 [500, 500] (2)"
+    assert report.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
     low, high = report.interval([float(x) for x in range(101)])  # its standard error is 2.90
     assert low == pytest.approx(50 - 1.96 * 2.9, abs=0.6) and high == pytest.approx(50 + 1.96 * 2.9, abs=0.6)
 
