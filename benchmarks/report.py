@@ -218,7 +218,9 @@ def plot_curves(suite: str) -> None:
     labels = list(dict.fromkeys(e.label for e in SUITES[suite] if any(r["label"] == e.label for r in rows)))
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(3.4 * columns, 2.5 * height), squeeze=False)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(3.4 * columns, 2.5 * height), squeeze=False, layout="constrained"
+    )
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, label in enumerate(labels):
             seeds = [r["seed"] for r in rows if (r["label"], r["task"]) == (label, task)]
@@ -241,10 +243,9 @@ def plot_curves(suite: str) -> None:
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
     figure.supxlabel("environment steps, millions", fontsize=9)
-    figure.supylabel("mean return of the last 100 training episodes", fontsize=9)
+    figure.supylabel("return, mean of 100 episodes", fontsize=9)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.tight_layout()
-    figure.legend(handles, names, loc="upper center", ncols=len(names), fontsize=8, bbox_to_anchor=(0.5, 1.05))
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
     save(figure, RESULTS / suite / "curves")
 
 
