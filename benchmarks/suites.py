@@ -53,7 +53,7 @@ SUITES: dict[str, tuple[Entry, ...]] = {
             task,
             f"--total-timesteps 300_000 --replay-ratio {ratio} --eval-episodes 100",
             f"acer_discrete-replay{ratio}",
-        )  # fmt: skip
+        )
         for ratio in (0, 1, 4, 8)
         for task in ("CartPole-v1", "Acrobot-v1")
     ),
