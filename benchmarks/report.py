@@ -244,8 +244,8 @@ def plot_curves(suite: str) -> None:
         axis.remove()
     figure.supxlabel("environment steps, millions", fontsize=9)
     figure.supylabel("return, mean of 100 episodes", fontsize=9)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
+    lines = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines), fontsize=8)
     save(figure, RESULTS / suite / "curves")
 
 

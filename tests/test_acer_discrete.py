@@ -105,10 +105,15 @@ def test_retrace_eq3_special_cases():
         expected = rewards[t] + 0.9 * expected
         torch.testing.assert_close(returns[t], expected)
     torch.testing.assert_close(acer.retrace(rewards, q_taken, next_values, 5 + rho, never, never, 0.9), returns)
+    td_lambda = acer.retrace(rewards, q_taken, next_values, torch.full_like(rho, 0.7), never, never, 0.9)
+    expected = next_values[-1]  # weights of λ: the λ-return of TD(λ)
+    for t in reversed(range(7)):
+        expected = rewards[t] + 0.9 * (0.3 * next_values[t] + 0.7 * expected)
+        torch.testing.assert_close(td_lambda[t], expected)
 
 
-def test_retrace_has_q_of_the_policy_as_fixed_point_whatever_the_behaviour():
-    """Tabular: applied to all trajectories of length 1, weighted by μ, T Q^π = Q^π."""
+def test_retrace_contracts_to_q_of_the_policy_whatever_the_behaviour():
+    """Tabular, over all trajectories of two steps, weighted by μ: T Q^π = Q^π and ‖T Q - Q^π‖ ≤ γ ‖Q - Q^π‖."""
     generator = torch.Generator().manual_seed(0)
     states, actions, gamma = 4, 3, 0.8
     transition = torch.rand(states, actions, states, generator=generator, dtype=torch.float64)
@@ -116,22 +121,27 @@ def test_retrace_has_q_of_the_policy_as_fixed_point_whatever_the_behaviour():
     reward = torch.randn(states, actions, generator=generator, dtype=torch.float64)
     pi, mu = torch.randn(2, states, actions, generator=generator, dtype=torch.float64).softmax(-1)
     matrix = (transition[:, :, :, None] * pi).reshape(states * actions, states * actions)  # to (s', a')
-    q = torch.linalg.solve(torch.eye(states * actions, dtype=torch.float64) - gamma * matrix, reward.flatten())
-    q = q.view(states, actions)
-    v, never = (pi * q).sum(-1), torch.zeros(2, 1, dtype=torch.bool)
-    for s in range(states):
-        for a in range(actions):
-            mean = 0.0
-            for s2 in range(states):
-                for a2 in range(actions):
-                    for s3 in range(states):
-                        weight = transition[s, a, s2] * mu[s2, a2] * transition[s2, a2, s3]
-                        column = (torch.stack(x)[:, None] for x in (
-                            (reward[s, a], reward[s2, a2]), (q[s, a], q[s2, a2]), (v[s2], v[s3]),
-                            (torch.tensor(1.0, dtype=torch.float64), pi[s2, a2] / mu[s2, a2]),
-                        ))  # fmt: skip
-                        mean += weight * acer.retrace(*column, never, never, gamma)[0, 0]
-            assert mean.item() == pytest.approx(q[s, a].item())
+    q_pi = torch.linalg.solve(torch.eye(states * actions, dtype=torch.float64) - gamma * matrix, reward.flatten())
+    q_pi = q_pi.view(states, actions)
+
+    def operator(q):
+        v = (pi * q).sum(-1)
+        # s, a -> s2, a2 -> s3: one column for each trajectory
+        s, a, s2, a2, s3 = (x.flatten() for x in torch.meshgrid(
+            *(torch.arange(n) for n in (states, actions, states, actions, states)), indexing="ij"
+        ))  # fmt: skip
+        never = torch.zeros(2, len(s), dtype=torch.bool)
+        first = acer.retrace(
+            torch.stack([reward[s, a], reward[s2, a2]]), torch.stack([q[s, a], q[s2, a2]]), torch.stack([v[s2], v[s3]]),
+            torch.stack([torch.ones(len(s), dtype=torch.float64), (pi / mu)[s2, a2]]), never, never, gamma,
+        )[0]  # fmt: skip
+        weight = transition[s, a, s2] * mu[s2, a2] * transition[s2, a2, s3]
+        return (weight * first).view(states, actions, -1).sum(-1)
+
+    torch.testing.assert_close(operator(q_pi), q_pi)
+    for _ in range(20):
+        error = 3 * torch.randn(states, actions, generator=generator, dtype=torch.float64)
+        assert (operator(q_pi + error) - q_pi).abs().max() <= gamma * error.abs().max()
 
 
 def objective(logits, q, q_ret, actions, mu, c, beta, eps):
