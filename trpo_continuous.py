@@ -41,7 +41,7 @@ Equation map: equation -> function -> symbol
 Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
     --no-norm-adv                       advantages not standardized
-    --max-kl 0.01 --no-anneal-kl        δ as in the paper's experiments, constant
+    --no-anneal-kl --return-floor 0     δ constant, 0.01 as in the paper's experiments
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
     --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
     --fisher-subsample 0.1              F estimated on a tenth of the batch
@@ -108,23 +108,23 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
     clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
     # algorithm
-    num_steps: int = 128  # T, steps per environment and iteration
+    num_steps: int = 64  # T, steps per environment and iteration
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
+    gae_lambda: float = 0.97  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
     norm_adv: bool = True  # standardize advantages over the batch
-    max_kl: float = 0.02  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step; the paper has 0.01
-    anneal_kl: bool = True  # anneal δ linearly to zero
-    adv_floor: float = 0.0  # where std[Â], of scaled rewards, is less than this, shrink δ by their ratio²; 0 = never
+    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
+    anneal_kl: bool = True  # anneal δ to zero, by 1 - f² after the fraction f of all steps
+    return_floor: float = 0.1  # where std[Â + V], of scaled rewards, is less, shrink δ by their ratio²; 0 = never
     cg_iterations: int = 10  # iterations of conjugate gradients
     cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
-    cg_damping: float = 0.1  # added to the diagonal of F, in direction and step length; 0 takes many samples for F
+    cg_damping: float = 0.5  # added to the diagonal of F, in direction and step length, against the noise in F and g
     fisher_subsample: float = 1.0  # fraction of the batch that F is estimated on; TRPO appendix C.1 takes 0.1
     line_search: bool = True  # shorten the step until the surrogate rises and the mean KL is at most δ
     line_search_steps: int = 10  # lengths tried before the step is rejected
     line_search_decay: float = 0.8  # each length is the one before times this
     natural_step: float | None = None  # α of a step α x, instead of the length that δ allows
     update_epochs: int = 10  # passes of the value network over the batch of N x T samples
-    num_minibatches: int = 16  # minibatches per pass; the minibatch size is N x T / this
+    num_minibatches: int = 8  # minibatches per pass; the minibatch size is N x T / this
     learning_rate: float = 1e-3  # Adam's step size, for the value network
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
@@ -132,7 +132,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
     log_std_init: float = -0.5  # initial log σ of the policy, in the scale of its samples
-    log_std_final: float | None = -2.5  # log of the largest σ at the end, annealed linearly in σ; None = no limit
+    log_std_final: float | None = -3.5  # log of the largest σ at the end, annealed linearly in σ; None = no limit
 
     @property
     def batch_size(self) -> int:
@@ -576,13 +576,14 @@ def update(
     """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
 
     A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, the
-    advantages are V's error, and full steps along it lose what was learned. So where std[Â], before standardization,
-    is below `adv_floor`, δ shrinks by `trust`, the square of their ratio. `step` is value_step, compiled or not.
+    advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
+    Â + V, is below `return_floor`, δ shrinks by `trust`, the square of their ratio. `step` is value_step, compiled or
+    not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     explained_variance = 1 - (returns - values).var() / returns.var()
-    trust = min(1.0, (returns - values).std().item() / args.adv_floor) ** 2 if args.adv_floor else 1.0
+    trust = min(1.0, returns.std().item() / args.return_floor) ** 2 if args.return_floor else 1.0
     stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
     obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
     for _ in range(args.update_epochs):
@@ -634,7 +635,7 @@ def train(args: Args) -> dict:
         with stop_signals() as signals:
             while step + args.batch_size <= args.total_timesteps and not signals:
                 fraction = step / total_steps
-                now = replace(args, max_kl=args.max_kl * (1 - fraction if args.anneal_kl else 1.0))
+                now = replace(args, max_kl=args.max_kl * (1 - fraction**2 if args.anneal_kl else 1.0))
                 adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
                 if args.log_std_final is not None:
                     std = (1 - fraction) * math.exp(args.log_std_init) + fraction * math.exp(args.log_std_final)
@@ -681,7 +682,7 @@ CHECKS = (
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps adv_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
+    ("seed eval_episodes adam_eps return_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
     ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )

@@ -327,12 +327,12 @@ def test_update_steps_the_policy_first_and_fits_v_to_targets_from_before(monkeyp
 def test_the_trust_region_shrinks_where_little_is_to_be_gained(monkeypatch, scale, floor):
     seen, original = [], trpo.policy_step
     monkeypatch.setattr(trpo, "policy_step", lambda *x: seen.append(x[-1].max_kl) or original(*x))
-    policy, critic, adam, rollout, rng, args = make_iteration(adv_floor=floor, max_kl=0.01)
+    policy, critic, adam, rollout, rng, args = make_iteration(return_floor=floor, max_kl=0.01)
     with torch.no_grad():
         critic.value_net.layers[-1].weight.zero_()
     rollout = rollout._replace(rewards=scale * rollout.rewards)
-    _, returns, values = trpo.advantages(policy, critic, rollout, args)
-    std = (returns - values).std().item()
+    _, returns, _ = trpo.advantages(policy, critic, rollout, args)
+    std = returns.std().item()
     trpo.update(policy, critic, adam, trpo.value_step, rollout, rng, args)
     small = scale < 1 and floor > 0
     assert small == (std < floor)
@@ -386,9 +386,9 @@ def test_train_wires_its_parts_together(tmp_path, monkeypatch, annealed):
     flags = {**SMALL, "env_id": "Pendulum-v1", "total_timesteps": 256, "anneal_kl": annealed, "anneal_lr": annealed}
     args = Args(**flags, run_dir=str(tmp_path / "run"))
     result = train(args)
-    left = [1 - i / 4 if annealed else 1.0 for i in range(4)]
-    assert [max_kl for max_kl, *_ in updates] == pytest.approx([args.max_kl * x for x in left])
-    assert [lr for _, lr, *_ in updates] == pytest.approx([args.learning_rate * x for x in left])
+    spent = [i / 4 if annealed else 0.0 for i in range(4)]
+    assert [max_kl for max_kl, *_ in updates] == pytest.approx([args.max_kl * (1 - x**2) for x in spent])
+    assert [lr for _, lr, *_ in updates] == pytest.approx([args.learning_rate * (1 - x) for x in spent])
     assert {eps for _, _, eps, _, _ in updates} == {args.adam_eps}
     assert [count for *_, count in updates] == [0, 64, 128, 192]  # statistics of π_old, until after the update
     assert trpo.load_checkpoint(result["checkpoint"])["policy"]["obs_stats.count"] == 256
@@ -461,7 +461,7 @@ def test_rejected_steps_are_counted_over_the_run_and_the_trust_region_holds(tmp_
         ("--gamma nan", "--gamma nan must lie in [0, 1]"),
         ("--num-minibatches 3", "--num-minibatches must divide"),
         ("--resume {foreign}", "was written by ppo_continuous.py"),
-        ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
+        ("--resume {checkpoint} --log-std-init -1", "--log-std-init"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
