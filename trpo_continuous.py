@@ -43,7 +43,9 @@ Departures from the TRPO paper, and the flags that give the paper back
     --no-norm-adv                       advantages not standardized
     --no-anneal-kl --return-floor 0     δ constant, 0.01 as in the paper's experiments
     --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
-    --cg-damping 0                      F as it is; the step length uses the same, damped or undamped, product
+    --cg-damping 0 --cg-tol 0           F as it is; else F + damping I takes the place of F in the six lines above, step
+                                        length included, so that a full step ends inside the trust region
+    --hidden-sizes 30                   one hidden layer, of 30 or 50 units
     --fisher-subsample 0.1              F estimated on a tenth of the batch
     --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
     --no-norm-obs --clip-obs inf        observations as they are
@@ -55,7 +57,8 @@ Departures from the TRPO paper, and the flags that give the paper back
     (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
 Relatives of TRPO
     --no-line-search                    truncated natural policy gradient: the full step, whatever it does
-    --no-line-search --natural-step 0.1 natural policy gradient (Kakade eqs. 2-4): θ ← θ + 0.1 x, whatever δ
+    --no-line-search --natural-step 0.1 --cg-damping 0
+                                        natural policy gradient (Kakade eqs. 2-4): θ ← θ + 0.1 x, whatever δ
 
 Resuming restores weights, optimizer, statistics and random generators. Episodes in flight start anew: a resumed run is
 bit-exact where episodes end with the rollout.
@@ -122,7 +125,7 @@ class Args:
     line_search: bool = True  # shorten the step until the surrogate rises and the mean KL is at most δ
     line_search_steps: int = 10  # lengths tried before the step is rejected
     line_search_decay: float = 0.8  # each length is the one before times this
-    natural_step: float | None = None  # α of a step α x, instead of the length that δ allows
+    natural_step: float | None = None  # α of a step α x, instead of the length by δ; δ bounds the line search alone
     update_epochs: int = 10  # passes of the value network over the batch of N x T samples
     num_minibatches: int = 8  # minibatches per pass; the minibatch size is N x T / this
     learning_rate: float = 1e-3  # Adam's step size, for the value network
@@ -577,8 +580,9 @@ def update(
 
     A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, the
     advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
-    Â + V, is below `return_floor`, δ shrinks by `trust`, the square of their ratio. `step` is value_step, compiled or
-    not.
+    Â + V, is below `return_floor`, δ shrinks by `trust`, the square of their ratio. Other causes of returns that are
+    all but equal, such as a large constant reward or an idle policy, shrink it too; 0 turns this off. With
+    `norm_reward` off the floor is in units of raw rewards. `step` is value_step, compiled or not.
     """
     adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
