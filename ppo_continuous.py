@@ -220,7 +220,7 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL[π_old, π] of PPO eq. 8 for diagonal Gaussians, in nats. means (…, A), log stds (A,) -> (…,).
+    """KL[π_old, π] of PPO eq. 8 and TRPO eq. 12 for diagonal Gaussians, in nats. means (…, A), log stds (A,) -> (…,).
 
     KL = Σ_i log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / 2σ_i² - ½
     """
