@@ -35,6 +35,18 @@ def fingerprint(checkpoint):
     return digest.hexdigest()
 
 
+def make_parts(script, env_id="Pendulum-v1", **flags):
+    """Networks with statistics from one rollout, and the next rollout; the generator they drew from, the arguments."""
+    args = script.Args(**{**SMALL, "env_id": env_id, **flags})
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(0)
+    envs = script.make_envs(args.env_id, args.num_envs, args.seed)
+    policy = script.Policy(envs.obs.shape[1:], envs.envs[0].action_space, args)
+    critic = script.Critic(envs.obs.shape[1], args)
+    policy.obs_stats.update(script.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
+    return policy, critic, script.collect(envs, policy, rng, args.num_steps), rng, args
+
+
 @each_script
 def test_same_seed_same_run(tmp_path, script):
     hashes = []

@@ -18,7 +18,7 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
-from test_continuous import SMALL
+from test_continuous import SMALL, make_parts
 
 import ppo_continuous as ppo
 from ppo_continuous import Args, train
@@ -438,16 +438,8 @@ def test_rewards_are_scaled_by_the_std_of_the_discounted_return():
 # ---- Update ----------------------------------------------------------------------------------------------------------
 
 
-def make_iteration(env_id="Pendulum-v1", **flags):
-    """Networks with statistics from one rollout, and the next rollout."""
-    args = Args(**{**SMALL, "env_id": env_id, **flags})
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(0)
-    envs = ppo.make_envs(args.env_id, args.num_envs, args.seed)
-    policy = ppo.Policy(envs.obs.shape[1:], envs.envs[0].action_space, args)
-    critic = ppo.Critic(envs.obs.shape[1], args)
-    policy.obs_stats.update(ppo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
-    rollout = ppo.collect(envs, policy, rng, args.num_steps)
+def make_iteration(**flags):
+    policy, critic, rollout, rng, args = make_parts(ppo, **flags)
     adam = ppo.Adam(sum(p.numel() for net in (policy, critic) for p in net.parameters()), lr=1e-2, eps=1e-8)
     return policy, critic, adam, rollout, rng, args
 

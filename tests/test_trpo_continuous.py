@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_continuous import SMALL
+from test_continuous import SMALL, make_parts
 
 import trpo_continuous as trpo
 from trpo_continuous import Args, train
@@ -273,14 +273,7 @@ def test_family_members_take_the_step_they_are_named_for(monkeypatch):
 
 
 def make_iteration(**flags):
-    args = Args(**{**SMALL, "env_id": "Pendulum-v1", **flags})
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(0)
-    envs = trpo.make_envs(args.env_id, args.num_envs, args.seed)
-    policy = trpo.Policy(envs.obs.shape[1:], envs.envs[0].action_space, args)
-    critic = trpo.Critic(envs.obs.shape[1], args)
-    policy.obs_stats.update(trpo.collect(envs, policy, rng, args.num_steps).obs.flatten(0, 1))
-    rollout = trpo.collect(envs, policy, rng, args.num_steps)
+    policy, critic, rollout, rng, args = make_parts(trpo, **flags)
     adam = trpo.Adam(sum(p.numel() for p in critic.parameters()), lr=1e-2, eps=1e-8)
     return policy, critic, adam, rollout, rng, args
 
