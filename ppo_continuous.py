@@ -116,7 +116,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
     activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
     orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
-    log_std_init: float = -0.7  # log σ of the policy at the start, in the scale of its samples
+    log_std_init: float = -1.0  # log σ of the policy at the start, in the scale of its samples
     log_std_final: float | None = -3.0  # log σ at the end, σ annealed linearly; None = learned, from log_std_init
 
     @property
@@ -658,6 +658,7 @@ CHECKS = (
         "must be positive",
     ),
     ("seed eval_episodes adam_eps kl_coef vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
+    ("learning_rate adam_eps kl_target kl_coef vf_coef ent_coef", math.isfinite, "must be finite"),
     ("gamma gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )

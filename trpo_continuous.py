@@ -687,6 +687,7 @@ CHECKS = (
         "must be positive",
     ),
     ("seed eval_episodes adam_eps return_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
+    ("learning_rate adam_eps max_kl natural_step cg_damping return_floor", math.isfinite, "must be finite"),
     ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )

@@ -766,6 +766,7 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--clip-coef -0.2", "--clip-coef -0.2 must be positive"),
         ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
         ("--seed -1", "--seed -1 must not be negative"),
+        ("--kl-coef inf", "--kl-coef inf must be finite"),
         ("--device nothing", "--device nothing"),
         ("--env-id CartPole-v1 --video-dir videos", "acer_discrete.py"),
         ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
