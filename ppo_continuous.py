@@ -37,6 +37,7 @@ Departures from the PPO paper, and the flags that give the paper back
     --no-norm-obs --clip-obs inf        observations as they are
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
     --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
+    --return-floor 0                    the same learning rate where all returns are alike
     --gae-lambda 0.95                   a longer trace
     --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
     --log-std-init 0 --log-std-final None  σ starts at 1 and is learned; PPO Table 4 anneals it, but less far
@@ -97,8 +98,9 @@ class Args:
     num_steps: int = 128  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
     num_minibatches: int = 32  # minibatches per epoch; the minibatch size M is N x T / this
-    learning_rate: float = 2e-4  # Adam's step size, for both networks
+    learning_rate: float = 2e-4  # α, Adam's step size, for both networks
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
+    return_floor: float = 0.02  # where std[Â + V], of scaled rewards, is less, shrink α by their ratio²; 0 = never
     adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.9  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
@@ -544,12 +546,20 @@ def update(
     """K epochs of minibatches over one batch (PPO Algorithm 1); `step` is minibatch_step, compiled or not.
 
     -> means over all minibatches; "kl" is the mean KL(old‖new) of the whole update.
+
+    Adam's steps are as long for small gradients as for large ones. Once a task is solved, returns hardly differ, the
+    advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
+    Â + V, is below `return_floor`, the learning rate of this update shrinks by the square of their ratio. Other causes
+    of returns that are all but equal, such as a large constant reward, shrink it too; 0 turns this off. With
+    `norm_reward` off the floor is in units of raw rewards.
     """
     with torch.no_grad():
         mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)
         logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)  # (T, N)
     adv, returns, values_old = advantages(policy, critic, rollout, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
+    if args.return_floor:
+        adam.lr *= (returns.std() / args.return_floor).clamp(max=1.0).square()
     penalty, epochs = torch.tensor(beta, device=adv.device), []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -657,8 +667,8 @@ CHECKS = (
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps kl_coef vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
-    ("learning_rate adam_eps kl_target kl_coef vf_coef ent_coef", math.isfinite, "must be finite"),
+    ("seed eval_episodes adam_eps return_floor kl_coef vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
+    ("learning_rate adam_eps return_floor kl_target kl_coef vf_coef ent_coef", math.isfinite, "must be finite"),
     ("gamma gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )

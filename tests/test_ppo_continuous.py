@@ -546,6 +546,20 @@ def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
     assert ppo.update(policy, critic, adam, spy, rollout, 1.0, rng, Args(**{**SMALL, "target_kl": 1e-9}))["epochs"] == 1
 
 
+@pytest.mark.parametrize("scale, floor", [(1.0, 0.5), (1e-3, 0.5), (1e-3, 0.0)])
+def test_the_learning_rate_shrinks_where_returns_hardly_differ(scale, floor):
+    policy, critic, adam, rollout, rng, args = make_iteration(return_floor=floor)
+    with torch.no_grad():
+        critic.value_net.layers[-1].weight.zero_()
+    rollout = rollout._replace(rewards=scale * rollout.rewards)
+    _, returns, _ = ppo.advantages(policy, critic, rollout, args)
+    std, rate = returns.std().item(), adam.lr.item()
+    ppo.update(policy, critic, adam, ppo.minibatch_step, rollout, 1.0, rng, args)
+    small = scale < 1 and floor > 0
+    assert small == (std < floor)
+    assert adam.lr.item() == pytest.approx(rate * (std / floor) ** 2 if small else rate, rel=1e-3)
+
+
 def test_advantages_are_recomputed_only_if_asked(monkeypatch):
     calls, original = [], ppo.advantages
     monkeypatch.setattr(ppo, "advantages", lambda *inputs: calls.append(1) or original(*inputs))
