@@ -37,7 +37,7 @@ Departures from the PPO paper, and the flags that give the paper back
     --no-norm-obs --clip-obs inf        observations as they are
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
     --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
-    --return-floor 0                    the same learning rate where all returns are alike
+    --return-floor 0                    the learning rate not shrunk where all returns are nearly alike
     --gae-lambda 0.95                   a longer trace
     --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
     --log-std-init 0 --log-std-final None  σ starts at 1 and is learned; PPO Table 4 anneals it, but less far
@@ -550,8 +550,8 @@ def update(
     Adam's steps are as long for small gradients as for large ones. Once a task is solved, returns hardly differ, the
     advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
     Â + V, is below `return_floor`, the learning rate of this update shrinks by the square of their ratio. Other causes
-    of returns that are all but equal, such as a large constant reward, shrink it too; 0 turns this off. With
-    `norm_reward` off the floor is in units of raw rewards.
+    of returns that are all but equal, such as a large constant reward or an idle policy, shrink it too; 0 turns this
+    off. With `norm_reward` off the floor is in units of raw rewards.
     """
     with torch.no_grad():
         mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)

@@ -548,16 +548,44 @@ def test_update_visits_every_sample_once_an_epoch_and_stops_at_target_kl():
 
 @pytest.mark.parametrize("scale, floor", [(1.0, 0.5), (1e-3, 0.5), (1e-3, 0.0)])
 def test_the_learning_rate_shrinks_where_returns_hardly_differ(scale, floor):
-    policy, critic, adam, rollout, rng, args = make_iteration(return_floor=floor)
+    policy, critic, adam, rollout, rng, args = make_iteration(return_floor=floor, update_epochs=2)
     with torch.no_grad():
         critic.value_net.layers[-1].weight.zero_()
     rollout = rollout._replace(rewards=scale * rollout.rewards)
     _, returns, _ = ppo.advantages(policy, critic, rollout, args)
-    std, rate = returns.std().item(), adam.lr.item()
-    ppo.update(policy, critic, adam, ppo.minibatch_step, rollout, 1.0, rng, args)
+    std, rate, rates = returns.std().item(), adam.lr.item(), []
+
+    def spy(policy, critic, adam, *rest):
+        rates.append(adam.lr.item())
+        return ppo.minibatch_step(policy, critic, adam, *rest)
+
+    ppo.update(policy, critic, adam, spy, rollout, 1.0, rng, args)
     small = scale < 1 and floor > 0
     assert small == (std < floor)
-    assert adam.lr.item() == pytest.approx(rate * (std / floor) ** 2 if small else rate, rel=1e-3)
+    expected = rate * (std / floor) ** 2 if small else rate
+    assert rates == pytest.approx([expected] * 2 * args.num_minibatches, rel=1e-3)
+
+
+def test_each_iteration_shrinks_the_learning_rate_anew(monkeypatch, tmp_path):
+    stds, rates, original = [], [], ppo.advantages
+
+    def advantages(*inputs):
+        adv, returns, values = original(*inputs)
+        stds.append(returns.std().item())
+        return adv, returns, values
+
+    def update(policy, critic, adam, *rest):
+        stats = original_update(policy, critic, adam, *rest)
+        rates.append(adam.lr.item())
+        return stats
+
+    original_update = ppo.update
+    monkeypatch.setattr(ppo, "advantages", advantages)
+    monkeypatch.setattr(ppo, "update", update)
+    flags = {**SMALL, "return_floor": 1e3, "anneal_lr": False, "recompute_advantages": False}
+    args = Args(**flags, env_id="Pendulum-v1", total_timesteps=192, run_dir=str(tmp_path / "run"))
+    train(args)
+    assert rates == pytest.approx([args.learning_rate * (std / 1e3) ** 2 for std in stds], rel=1e-4) and len(rates) == 3
 
 
 def test_advantages_are_recomputed_only_if_asked(monkeypatch):
@@ -781,6 +809,7 @@ def test_diverging_loss_is_reported(tmp_path, monkeypatch, capsys):
         ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
         ("--seed -1", "--seed -1 must not be negative"),
         ("--kl-coef inf", "--kl-coef inf must be finite"),
+        ("--return-floor -1", "--return-floor -1.0 must not be negative"),
         ("--device nothing", "--device nothing"),
         ("--env-id CartPole-v1 --video-dir videos", "acer_discrete.py"),
         ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
