@@ -501,9 +501,8 @@ class Minibatch(NamedTuple):
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "policy_grad_norm", "value_grad_norm")
 
 
-def minibatch_gradient(
-    policy: Policy, critic: Critic, mb: Minibatch, log_std_old: Tensor, beta: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
+def minibatch_gradient(policy: Policy, critic: Critic, mb: Minibatch, log_std_old: Tensor, beta: Tensor,
+                       args: Args) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, as one vector, policy first; the figures of LOSSES."""
     mean, values = policy(mb.obs), critic(policy.normalize(mb.obs))  # (M, A), (M,)
     logp = gaussian_logp(mean, policy.log_std, mb.actions)  # (M,)
@@ -530,9 +529,8 @@ def minibatch_gradient(
     return torch.cat([policy_grad, value_grad]), figures.detach()
 
 
-def minibatch_step(
-    policy: Policy, critic: Critic, adam: Adam, mb: Minibatch, log_std_old: Tensor, beta: Tensor, args: Args
-) -> Tensor:
+def minibatch_step(policy: Policy, critic: Critic, adam: Adam, mb: Minibatch, log_std_old: Tensor, beta: Tensor,
+                   args: Args) -> Tensor:  # fmt: skip
     """One step of Adam on the gradient of one minibatch; the figures of LOSSES."""
     grad, figures = minibatch_gradient(policy, critic, mb, log_std_old, beta, args)
     adam.step([*policy.parameters(), *critic.parameters()], grad)
