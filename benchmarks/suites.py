@@ -22,8 +22,13 @@ NINE = (
 )
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
 SWIMMER = "--gamma 0.9999"  # its returns lie beyond the horizon of 0.99
-PPO_SWIMMER = f"{SWIMMER} --gae-lambda 0.98"  # see README.md
-TRPO_SWIMMER = f"{SWIMMER} --gae-lambda 0.98 --log-std-init 0 --cg-damping 0.1 --no-anneal-kl"
+PPO_FLAGS = {"Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98"}  # see README.md
+QUICK = "--gae-lambda 0.9 --num-steps 32 --num-minibatches 4"  # for eight and seventeen actions; see README.md
+TRPO_FLAGS = {
+    "Ant-v5": QUICK,
+    "Humanoid-v5": QUICK,
+    "Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98 --log-std-init 0 --cg-damping 0.1 --no-anneal-kl",
+}
 ATARI = "--eval-episodes 10"
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
 ACER_ATARI = "--num-envs 16 --learning-rate 7e-4 --replay-start 10_000"  # OpenAI baselines'
@@ -37,8 +42,8 @@ SUITES: dict[str, tuple[Entry, ...]] = {
     ),
     "mujoco": (
         *(
-            Entry(script, task, f"{flags if task == 'Swimmer-v5' else ''} --eval-episodes 100")
-            for script, flags in (("ppo_continuous", PPO_SWIMMER), ("trpo_continuous", TRPO_SWIMMER))
+            Entry(script, task, f"{flags.get(task, '')} --eval-episodes 100")
+            for script, flags in (("ppo_continuous", PPO_FLAGS), ("trpo_continuous", TRPO_FLAGS))
             for task in NINE
         ),
     ),
