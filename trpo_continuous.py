@@ -111,9 +111,9 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running std of the discounted return
     clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
     # algorithm
-    num_steps: int = 64  # T, steps per environment and iteration; on Ant-v5 and Humanoid-v5 better 32
+    num_steps: int = 64  # T, steps per environment and iteration
     gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.97  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo; on Ant-v5, Humanoid-v5 better 0.9
+    gae_lambda: float = 0.97  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo; Ant-v5, Humanoid-v5: better 0.9
     norm_adv: bool = True  # standardize advantages over the batch
     max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
     anneal_kl: bool = True  # anneal δ to zero, by 1 - f² after the fraction f of all steps
