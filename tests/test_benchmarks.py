@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks import runner, speed
 from benchmarks.runner import BenchmarkError, Job
-from benchmarks.suites import SUITES, Entry
+from benchmarks.suites import PPO_FLAGS, SUITES, TRPO_FLAGS, Entry
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +60,17 @@ def test_every_entry_is_a_command_that_its_script_understands():
             args = tyro.cli(module.Args, args=[*flags, "--run-dir", "x"])
             assert (args.env_id, args.seed) == (entry.task, 1)
             assert runner.budget(job) == args.total_timesteps
+
+
+def test_flags_of_a_task_are_those_that_script_and_readme_tell():
+    rows = re.findall(r"^\| (.+?) \| (PPO|TRPO) \| `(.+?)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    told = {(script, task): flags for tasks, script, flags in rows for task in tasks.split(", ")}
+    stored = {("PPO", task): flags for task, flags in PPO_FLAGS.items()}
+    assert told == stored | {("TRPO", task): flags for task, flags in TRPO_FLAGS.items()}
+    docstring = (ROOT / "trpo_continuous.py").read_text()
+    block = docstring[docstring.index("Flags that did better") : docstring.index("Departures from")]
+    rows = re.findall(r"^    (\S.*?)  +(--.+(?:\n     .+)*)", block, re.MULTILINE)
+    assert {task: " ".join(flags.split()) for tasks, flags in rows for task in tasks.split(", ")} == TRPO_FLAGS
 
 
 def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path):
