@@ -38,7 +38,7 @@ Equation map: equation -> function -> symbol
     Kingma Algorithm 1             Adam                      θ, m̂, v̂
     TRPO section 6                 policy_step               g, Δ
     TRPO section 6                 train                     collect, estimate, step
-Flags that did better than the defaults on these tasks
+Flags by task, for 1,000,000 steps; the defaults are for all others
     Ant-v5, Humanoid-v5                 --gae-lambda 0.9 --num-steps 32 --num-minibatches 4
     HalfCheetah-v5                      --gae-lambda 0.95 --num-steps 128 --num-minibatches 16 --max-kl 0.02
                                         --cg-damping 0.1
@@ -111,7 +111,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, since the networks are small
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
     # environment
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own; flags by task: top of the file
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own; flags by task: see docstring
     num_envs: int = 16  # N, environments stepped in turn
     action_map: Literal["rescale", "clip", "none"] = "rescale"  # clip to ±1, scale to bounds; clip to bounds; as it is
     norm_obs: bool = True  # normalize observations by their running mean and std
