@@ -92,7 +92,7 @@ class Args:
     frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
     frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: press fire at the start of a game that needs it (OpenAI's baselines)
+    fire_on_reset: bool = True  # ALE: a game and each life begin with fire, where it is an action (OpenAI's baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
     repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
     max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
@@ -386,19 +386,20 @@ class AtariEnvs:
         self.twin = make(num_envs=1, stack_num=1, img_height=210, img_width=160, grayscale=False) if color else None
         self.action_space, self.metadata = self.ale.single_action_space, {"render_fps": 60 / kwargs.get("frameskip", 4)}
         self.observation_space, self.rng_states = self.ale.single_observation_space, None
-        self.envs, self.ended = [self] * num_envs, []
-        self.sums = np.zeros((2, num_envs))  # return and length so far
+        self.envs, self.ended, self.sums = [self] * num_envs, [], np.zeros((2, num_envs))  # return and length so far
         seeds = (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int32)
         self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
         self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
+        self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
+        self.fire = kwargs.get("use_fire_reset", False) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""
+        actions = np.where(self.fire & self.lost, 1, actions)  # a life begins with fire, whatever the policy chose
         self.obs, rewards, terminated, truncated, info = self.ale.step(actions)
-        if self.twin:  # same seed, same actions: the same game
-            self.picture = self.twin.step(actions[:1])[0]
+        self.picture = self.twin and self.twin.step(actions[:1])[0]  # same seed, same actions: the same game
         over = truncated | (info["episode_frame_number"] < self.frames)  # frame numbers fall where a game starts anew
-        self.frames = info["episode_frame_number"]
+        self.frames, self.lives, self.lost = info["episode_frame_number"], info["lives"], info["lives"] < self.lives
         self.sums += rewards, np.ones_like(rewards)
         self.ended.extend(map(tuple, self.sums[:, over].T.tolist()))
         self.sums[:, over] = 0

@@ -33,6 +33,7 @@ Departures from the PPO paper (section 6.4, Table 5), and the flags that give th
     --vf-coef 1                         c1 = 1; 0.25 is what baselines' 0.5, of a halved error, amounts to
     --no-norm-adv                       advantages not standardized over the minibatch
     --max-grad-norm inf                 gradients unclipped
+    --no-norm-obs                       pixels over 255, instead of normalized by their running mean and std
     --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
     (always on)                         DQN's network, as in baselines, instead of the smaller one of Mnih et al. 2016
     (always on)                         V(final observation) completes games cut by a time limit (Pardo eq. 6)
@@ -87,10 +88,12 @@ class Args:
     frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
     frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: press fire at the start of a game that needs it (OpenAI's baselines)
+    fire_on_reset: bool = True  # ALE: a game and each life begin with fire, where it is an action (OpenAI's baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
     repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
     max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
+    norm_obs: bool = True  # normalize each pixel by its running mean and std; else divide it by 255
+    clip_obs: float = 5.0  # clip normalized pixels to ± this; inf = off
     clip_rewards: bool = True  # learn from the sign of the reward (DQN methods); scores logged are raw
     # algorithm
     num_steps: int = 128  # T, steps per environment and iteration
@@ -219,12 +222,37 @@ def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 
+class PixelStats(nn.Module):
+    """Mean and std of each pixel (1, C, H, W) over all images so far, merged batch by batch (Chan et al. 1979).
+
+    A std below 1 counts as 1: pixels that hardly ever change are not blown up. Before the first update it is 255.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, *shape))
+        self.register_buffer("var", torch.ones(1, *shape))
+        self.register_buffer("inverse_std", torch.full((1, *shape), 1 / 255))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, images: Tensor) -> None:  # (B, C, H, W)
+        images = images.float()
+        mean = images.mean(0, keepdim=True)
+        var = (images - mean).square().mean(0, keepdim=True)  # torch.var_mean takes ten times as long
+        self.count += len(images)
+        share, delta = len(images) / self.count, mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var + (1 - share) * delta.square())
+        self.inverse_std.copy_(self.var.clamp(min=1).rsqrt())
+
+
 class Policy(nn.Module):
     """π_θ(a|s) = softmax z_θ(s) and V_θ(s) of raw images: the network of DQN (Methods) with two heads."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Discrete, args: Args):
         super().__init__()
-        self.bf16, (channels, *size) = args.bf16, obs_shape
+        self.bf16, self.norm_obs, self.clip_obs, (channels, *size) = args.bf16, args.norm_obs, args.clip_obs, obs_shape
+        self.obs_stats = PixelStats(*obs_shape)
         convolutions = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel, stride
         self.convs = nn.ModuleList()
         for filters, kernel, stride in convolutions:
@@ -239,9 +267,16 @@ class Policy(nn.Module):
             nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
 
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Raw images (B, C, H, W) in 0-255 -> what the network sees (Engstrom section 3, items 6 and 7)."""
+        obs = obs.to(torch.float32, memory_format=torch.channels_last)
+        if not self.norm_obs:
+            return obs / 255
+        return ((obs - self.obs_stats.mean) * self.obs_stats.inverse_std).clamp(-self.clip_obs, self.clip_obs)
+
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Raw images (…, C, H, W) in 0-255 -> logits z (…, A) and V (…,)."""
-        x = obs.flatten(0, -4).to(torch.float32, memory_format=torch.channels_last) / 255
+        x = self.normalize(obs.flatten(0, -4))
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             for conv in (*self.convs, self.hidden):
                 x = torch.relu(conv(x))
@@ -339,19 +374,20 @@ class AtariEnvs:
         self.twin = make(num_envs=1, stack_num=1, img_height=210, img_width=160, grayscale=False) if color else None
         self.action_space, self.metadata = self.ale.single_action_space, {"render_fps": 60 / kwargs.get("frameskip", 4)}
         self.observation_space, self.rng_states = self.ale.single_observation_space, None
-        self.envs, self.ended = [self] * num_envs, []
-        self.sums = np.zeros((2, num_envs))  # return and length so far
+        self.envs, self.ended, self.sums = [self] * num_envs, [], np.zeros((2, num_envs))  # return and length so far
         seeds = (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int32)
         self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
         self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
+        self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
+        self.fire = kwargs.get("use_fire_reset", False) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""
+        actions = np.where(self.fire & self.lost, 1, actions)  # a life begins with fire, whatever the policy chose
         self.obs, rewards, terminated, truncated, info = self.ale.step(actions)
-        if self.twin:  # same seed, same actions: the same game
-            self.picture = self.twin.step(actions[:1])[0]
+        self.picture = self.twin and self.twin.step(actions[:1])[0]  # same seed, same actions: the same game
         over = truncated | (info["episode_frame_number"] < self.frames)  # frame numbers fall where a game starts anew
-        self.frames = info["episode_frame_number"]
+        self.frames, self.lives, self.lost = info["episode_frame_number"], info["lives"], info["lives"] < self.lives
         self.sums += rewards, np.ones_like(rewards)
         self.ended.extend(map(tuple, self.sums[:, over].T.tolist()))
         self.sums[:, over] = 0
@@ -552,6 +588,10 @@ def train(args: Args) -> dict:
                 weights = torch.cat([param.detach().flatten() for param in params])
                 check_finite(step, losses=losses, parameters=weights)
 
+                if args.norm_obs:  # after the update: π_old is the policy that acted
+                    each_frame_once = rollout.obs[:: envs.obs.shape[1]].flatten(0, 1)
+                    policy.obs_stats.update(each_frame_once)
+
                 step += args.batch_size
                 log(step, adam.lr.item(), episodes, stats)
                 if step // args.batch_size % args.save_every == 0:
@@ -574,14 +614,14 @@ SCRIPT = "ppo_atari"
 CHECKS = (
     (
         "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_coef "
-        "max_grad_norm frame_skip frame_stack max_episode_frames hidden_size",
+        "max_grad_norm frame_skip frame_stack max_episode_frames clip_obs hidden_size",
         lambda x: x > 0,
         "must be positive",
     ),
     ("seed eval_episodes adam_eps noop_max vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
     ("gamma gae_lambda repeat_action_probability", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
 )
-FIXED_ON_EVALUATION = "frame_stack hidden_size"
+FIXED_ON_EVALUATION = "frame_stack norm_obs clip_obs hidden_size"
 FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs orthogonal_init"
 AUTO_DEVICE = "CUDA where there is a GPU"
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit

@@ -97,6 +97,26 @@ def test_bf16_is_close_and_leaves_parameters_in_float32():
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
+def test_pixels_are_normalized_by_what_was_seen_so_far_and_clipped():
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(50, 2, 40, 40), dtype=np.uint8)
+    images[:, 0] = 7  # never changes
+    images[:, 1, 0] = 7 + (np.arange(50) == 0)[:, None]  # hardly ever
+    policy, batches = ppo.Policy((2, 40, 40), gym.spaces.Discrete(3), Args()), torch.from_numpy(images).split(20)
+    fresh = policy.normalize(torch.from_numpy(images))
+    torch.testing.assert_close(fresh, torch.from_numpy(images / np.float32(255)))
+    for batch in batches:
+        policy.obs_stats.update(batch)
+    expected = (images - images.mean(0)) / np.maximum(images.std(0), 1.0)
+    found = policy.normalize(torch.from_numpy(images)).double()
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-5, rtol=1e-4)
+    bright = torch.full((1, 2, 40, 40), 255, dtype=torch.uint8)
+    assert policy.normalize(bright)[0, 0].unique().tolist() == [5.0]
+    plain = ppo.Policy((2, 40, 40), gym.spaces.Discrete(3), Args(norm_obs=False))
+    plain.obs_stats.update(batches[0])
+    torch.testing.assert_close(plain.normalize(torch.from_numpy(images)), fresh)
+
+
 # ---- Environments ----------------------------------------------------------------------------------------------------
 
 
@@ -124,11 +144,24 @@ def test_breakout_loses_five_lives_a_game_and_scores_as_an_unwrapped_game():
         game.reset_game()
         game.act(buttons[1])  # fire, as on reset
         scores.append(0)
+        lives, lost = game.lives(), False
         for action in (next(played)[0] for _ in range(length)):
             assert not game.game_over()
-            scores[-1] += sum(game.act(buttons[action]) for _ in range(4))
+            scores[-1] += sum(game.act(buttons[1 if lost else action]) for _ in range(4))  # a life begins with fire
+            lives, lost = game.lives(), game.lives() < lives
         assert game.game_over()
     assert scores == [score for score, _ in envs.ended] and sum(scores) > 0
+
+
+@pytest.mark.parametrize("fire", [True, False])
+def test_each_life_begins_with_fire_unless_told_otherwise(fire):
+    ale = Args(fire_on_reset=fire).ale
+    envs, lives = ppo.make_envs("ALE/Breakout-v5", 4, 0, ale={**ale, "life_loss_info": True}), 0
+    for _ in range(300):
+        lives += envs.step(np.zeros(4, int))[2].sum()  # never fire by choice
+    assert lives > 40 if fire else lives == 0
+    assert ppo.make_envs("ALE/Qbert-v5", 1, 0, ale=ale).fire == fire
+    assert not ppo.make_envs("ALE/MsPacman-v5", 1, 0, ale=ale).fire  # no such button
 
 
 def test_full_games_end_only_once_all_lives_are_lost():
@@ -393,6 +426,27 @@ def test_a_reward_that_is_no_number_ends_the_run(tmp_path):
         train(Args(**SMALL, env_id="PoisonedCatch-v0", total_timesteps=48, run_dir=str(tmp_path / "run")))
 
 
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_pixel_statistics_follow_the_update_and_count_each_frame_once(tmp_path, monkeypatch, norm_obs):
+    seen, frames, update = [], [], ppo.update
+
+    def spy(policy, adam, step, rollout, *rest):
+        seen.append(policy.obs_stats.count.item())
+        frames.append(rollout.obs[..., -1, :, :].clone())
+        return update(policy, adam, step, rollout, *rest)
+
+    monkeypatch.setattr(ppo, "update", spy)
+    flags = SMALL | {"env_id": "ALE/Pong-v5", "total_timesteps": 72, "norm_obs": norm_obs}
+    saved = ppo.load_checkpoint(train(Args(**flags, run_dir=str(tmp_path / "run")))["checkpoint"])["policy"]
+    assert seen == ([0, 6, 12] if norm_obs else [0, 0, 0])  # 2 games, 12 steps, 4 frames in a stack
+    if norm_obs:
+        newest = torch.cat([x[::4].flatten(0, 1) for x in frames]).double()
+        torch.testing.assert_close(saved["obs_stats.mean"][0, -1].double(), newest.mean(0), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(
+            saved["obs_stats.var"][0, -1].double(), newest.var(0, correction=0), atol=0.1, rtol=1e-3
+        )
+
+
 def test_schedules_and_their_ends(tmp_path, monkeypatch):
     seen, update = [], ppo.update
     monkeypatch.setattr(ppo, "update", lambda *x: seen.append((x[1].lr.item(), x[4])) or update(*x))
@@ -425,6 +479,7 @@ def test_learns_to_catch(tmp_path, seed):
         ("--total-timesteps 100", "less than one batch"),
         ("--repeat-action-probability 1.5", "must lie in [0, 1]"),
         ("--frame-skip 0", "must be positive"),
+        ("--clip-obs 0", "must be positive"),
         ("--num-envs 2 --num-steps 2 --total-timesteps 4 --num-minibatches 4", "one sample in each"),
         ("--device cuda:9", "--device cuda:9"),
         ("--resume nothing/checkpoint.pt", "not a readable checkpoint"),
