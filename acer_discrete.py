@@ -92,7 +92,7 @@ class Args:
     frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
     frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: a game and each life begin with fire, where it is an action (OpenAI's baselines)
+    fire_on_reset: bool = True  # ALE: press fire to begin a game, and as the first action of each life (baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
     repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
     max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
@@ -391,7 +391,7 @@ class AtariEnvs:
         self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
         self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
         self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
-        self.fire = kwargs.get("use_fire_reset", False) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
+        self.fire = kwargs.get("use_fire_reset", True) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""

@@ -88,7 +88,7 @@ class Args:
     frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
     frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
     noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: a game and each life begin with fire, where it is an action (OpenAI's baselines)
+    fire_on_reset: bool = True  # ALE: press fire to begin a game, and as the first action of each life (baselines)
     life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
     repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
     max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
@@ -225,7 +225,8 @@ def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor
 class PixelStats(nn.Module):
     """Mean and std of each pixel (1, C, H, W) over all images so far, merged batch by batch (Chan et al. 1979).
 
-    A std below 1 counts as 1: pixels that hardly ever change are not blown up. Before the first update it is 255.
+    A std below one gray level counts as one; the first changes of such a pixel still reach the clip of `normalize`.
+    Before the first update, mean and std are 0 and 255.
     """
 
     def __init__(self, *shape: int):
@@ -238,7 +239,7 @@ class PixelStats(nn.Module):
     def update(self, images: Tensor) -> None:  # (B, C, H, W)
         images = images.float()
         mean = images.mean(0, keepdim=True)
-        var = (images - mean).square().mean(0, keepdim=True)  # torch.var_mean takes ten times as long
+        var = (images - mean).square().mean(0, keepdim=True)  # torch.var_mean is slower
         self.count += len(images)
         share, delta = len(images) / self.count, mean - self.mean
         self.mean += share * delta
@@ -379,7 +380,7 @@ class AtariEnvs:
         self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
         self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
         self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
-        self.fire = kwargs.get("use_fire_reset", False) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
+        self.fire = kwargs.get("use_fire_reset", True) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""
@@ -589,8 +590,8 @@ def train(args: Args) -> dict:
                 check_finite(step, losses=losses, parameters=weights)
 
                 if args.norm_obs:  # after the update: π_old is the policy that acted
-                    each_frame_once = rollout.obs[:: envs.obs.shape[1]].flatten(0, 1)
-                    policy.obs_stats.update(each_frame_once)
+                    stride = args.frame_stack if isinstance(envs, AtariEnvs) else 1  # each frame is in one stack
+                    policy.obs_stats.update(rollout.obs[::stride].flatten(0, 1))
 
                 step += args.batch_size
                 log(step, adam.lr.item(), episodes, stats)

@@ -63,7 +63,7 @@ SUITES: dict[str, tuple[Entry, ...]] = {
     ),
     "atari": (
         Entry("ppo_atari", "ALE/Breakout-v5", ATARI),
-        Entry("ppo_atari", "ALE/Pong-v5", f"--total-timesteps 3_000_000 {FAST_PONG} {ATARI}"),
+        Entry("ppo_atari", "ALE/Pong-v5", f"--total-timesteps 1_500_000 {FAST_PONG} {ATARI}"),
         Entry("acer_discrete", "ALE/Pong-v5", f"--total-timesteps 2_000_000 {ACER_ATARI} {ATARI}"),
     ),
 }
