@@ -321,13 +321,11 @@ def test_interquartile_mean_and_interval(report):
 
 def test_seeds_that_nothing_was_chosen_on_have_an_interquartile_mean_of_their_own(report, monkeypatch):
     monkeypatch.setattr(report, "FRESH", 3)
-    label, cell, tasks, seeds = (
-        x.strip() for x in report.aggregate_table("mine").splitlines()[3].strip("|").split("|")
-    )
+    row = report.aggregate_table("mine").splitlines()[3]
+    label, cell, tasks, seeds = (x.strip() for x in row.strip("|").split("|"))
     mean = (1.5 + 2) / 2  # of the middle half of 0.5, 1.5, 2, 2
-    assert (label, tasks, seeds) == ("ppo_continuous, seeds from 3 on alone", "2", "2") and cell.startswith(
-        f"{mean:.2f} ["
-    )
+    assert (label, tasks, seeds) == ("ppo_continuous, seeds from 3 on alone", "2", "2")
+    assert cell.startswith(f"{mean:.2f} [")
 
 
 def test_mean_and_interval_of_a_cell(report):
