@@ -39,12 +39,13 @@ Equation map: equation -> function -> symbol
     TRPO section 6                 policy_step               g, Δ
     TRPO section 6                 train                     collect, estimate, step
 Flags by task, for 1,000,000 steps; the defaults are for all others
-    Ant-v5, Humanoid-v5                 --gae-lambda 0.9 --num-steps 32 --num-minibatches 4
+    Ant-v5                              --gae-lambda 0.9 --num-steps 32 --num-minibatches 4 --cg-damping 5
     HalfCheetah-v5                      --gae-lambda 0.95 --num-steps 128 --num-minibatches 16 --max-kl 0.02
                                         --cg-damping 0.1
     Hopper-v5                           --gamma 0.995
-    Swimmer-v5                          --gamma 0.9999 --gae-lambda 0.98 --log-std-init 0 --cg-damping 0.1
-                                        --no-anneal-kl
+    Humanoid-v5                         --gae-lambda 0.9 --num-steps 32 --num-minibatches 4
+    Swimmer-v5                          --gamma 0.9999 --gae-lambda 0.98 --log-std-init 0 --return-floor 0
+                                        --num-envs 2 --num-steps 512
     Walker2d-v5                         --gamma 0.995 --log-std-final -2.5
 Departures from the TRPO paper, and the flags that give the paper back
     --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
