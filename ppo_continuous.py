@@ -1,53 +1,56 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "tyro==1.0.17",
-#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "imageio==2.38.1",
+# ]
 # ///
 """Proximal policy optimization (PPO) for continuous actions, in one file.
 
-Papers   PPO       Schulman et al. 2017, arXiv:1707.06347v2       GAE   Schulman et al. 2016, arXiv:1506.02438v6
-         Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1       TRPO  Schulman et al. 2015, arXiv:1502.05477v5
-         Pardo     Pardo et al. 2018, arXiv:1712.00378v4               Kingma  Kingma & Ba 2015, arXiv:1412.6980v9
-Install  pip install --requirements-from-script ppo_continuous.py       (pip 26 or later; or `uv run` the file)
-Run      python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
-Resume   python ppo_continuous.py --resume runs/<run>/checkpoint.pt
-Evaluate python ppo_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
+Papers
+    PPO       Schulman et al. 2017, arXiv:1707.06347v2
+    GAE       Schulman et al. 2016, arXiv:1506.02438v6
+    TRPO      Schulman et al. 2015, arXiv:1502.05477v5
+    Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
+    Pardo     Pardo et al. 2018, arXiv:1712.00378v4
+    Kingma    Kingma & Ba 2015, arXiv:1412.6980v9
 
-Equation map: equation -> function -> symbol
-    GAE eq. 16                     linear_recursion          Σ_l (γλ)^l δ_{t+l}
+Install   pip install torch==2.13.0 "gymnasium[mujoco]==1.4.0" tyro tensorboard tqdm
+          (or `uv run ppo_continuous.py`, which reads the exact versions from the top of this file)
+Run       python ppo_continuous.py --env-id HalfCheetah-v5 --seed 1
+Resume    python ppo_continuous.py --resume runs/<run>/checkpoint.pt
+Evaluate  python ppo_continuous.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
+From Python: train(Args(env_id="Hopper-v5")), load_policy("runs/<run>/checkpoint.pt").act(obs)
+
+Equation map
+    equation                       function                  symbol
     GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
-    PPO eq. 6, TRPO eq. 14         importance_surrogate      L^CPI
-    PPO eq. 7                      clipped_surrogate         L^CLIP
-    PPO eq. 8                      kl_penalized_surrogate    L^KLPEN
     PPO section 4                  adapt_kl_coef             β
     PPO eq. 9                      value_loss                L^VF
     Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
+    PPO eq. 6                      importance_surrogate      L^CPI
+    PPO eq. 8                      kl_penalized_surrogate    L^KLPEN
+    PPO eq. 7                      clipped_surrogate         L^CLIP
     TRPO appendix D                gaussian_logp             log π(a|s)
     PPO eq. 9                      gaussian_entropy          S[π]
     PPO eq. 8                      gaussian_kl               KL[π_old, π]
-    Engstrom section 3, item 2     discounted_sums           R_t, whose std scales the rewards
+    PPO eq. 9                      ppo_loss                  L^CLIP - c1 L^VF + c2 S
     Engstrom section 3, item 9     clip_global_norm          gradient clipping
-    PPO eq. 9                      minibatch_gradient        L^CLIP - c1 L^VF + c2 S
-    Kingma Algorithm 1             Adam                      θ, m̂, v̂
-    PPO Algorithm 1                train                     N actors x T steps, K epochs of minibatches
-Departures from the PPO paper, and the flags that give the paper back
-    --num-envs 1 --num-steps 2048       one long rollout instead of several short ones
-    --no-recompute-advantages           advantages once per iteration instead of before each epoch
-    --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
-    --no-norm-obs --clip-obs inf        observations as they are
-    --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    --no-anneal-lr --learning-rate 3e-4 a constant, larger learning rate
-    --return-floor 0                    the learning rate not shrunk where all returns are nearly alike
-    --gae-lambda 0.95                   a longer trace
-    --max-grad-norm inf                 gradients unclipped, instead of each network's by its own norm
-    --log-std-init 0 --log-std-final None  σ starts at 1 and is learned; PPO Table 4 anneals it, but less far
-    --action-map none                   actions not clipped and scaled to the environment's bounds
-    (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
+    Kingma Algorithm 1             Adam                      m, v, θ
+    Engstrom section 3, item 2     discounted_returns        R_t, whose std scales the rewards
+    PPO Algorithm 1                ppo, update               N actors, T steps, K epochs
 
-Resuming restores weights, optimizer, statistics and random generators. Episodes in flight start anew: a resumed run is
-bit-exact where episodes end with the rollout.
+Departures from the PPO paper that no flag reverts (PAPER below lists the others)
+    When a time limit ends an episode, V(final observation) completes its return (Pardo eq. 6).
+    Samples are clipped to [-1, 1] and scaled to the bounds of the environment's actions.
+    Policy and value network share nothing, so c1 of PPO eq. 9 has no effect. It is left out.
+    Adam's ε is 1e-5.
+
+A resumed run restarts unfinished episodes. It repeats the uninterrupted run bit for bit where
+episodes end with the iteration.
 """
 
+import csv
 import hashlib
 import json
 import math
@@ -56,12 +59,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -70,56 +73,70 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- Args ------------------------------------------------------------------------------------------------------------
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
-    # run
-    seed: int = 1  # seed of everything random: initialization, action noise, minibatch order, environments
-    total_timesteps: int = 1_000_000  # environment steps, rounded down to whole iterations (1_000_000, not 1e6)
-    run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
-    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given win, or are refused
-    evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
-    eval_episodes: int = 10  # episodes of the evaluation at the end, deterministic and sampled each; 0 = none
-    video_dir: str | None = None  # folder for a GIF of the first evaluation episode
-    save_every: int = 25  # iterations between checkpoints; one is always written at the end
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, since the networks are small
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
-    # environment
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own
-    num_envs: int = 16  # N, environments stepped in turn
-    action_map: Literal["rescale", "clip", "none"] = "rescale"  # clip to ±1, scale to bounds; clip to bounds; as it is
-    norm_obs: bool = True  # normalize observations by their running mean and std
-    clip_obs: float = 10.0  # clip (normalized) observations to ± this; inf = off
-    norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
-    # algorithm
+class RunArgs:
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for an environment of your own
+    seed: int = 1  # seed of everything random
+    # environment steps, for example 1_000_000 or 1e6; rounded down to whole iterations
+    total_timesteps: int | float = 1_000_000
+    paper: bool = False  # use the settings of the PPO paper; other flags override them
+    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    run_dir: str | None = None
+    # continue from this checkpoint.pt with its flags; flags you give override them
+    resume: str | None = None
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    eval_episodes: int = 10  # evaluation episodes, deterministic and sampled each; 0: none
+    video_dir: str | None = None  # folder for a GIF of one deterministic episode
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, the networks are small
+    # compile the minibatch step with torch.compile; auto: from 250,000 steps on
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class EnvironmentArgs:
+    num_envs: int = 16  # N, number of environments, stepped one after another
+    # normalize observations by their running mean and std, and clip them to ±10
+    norm_obs: bool = True
+    # divide rewards by the running std of the discounted return, and clip them to ±10
+    norm_reward: bool = True
+
+
+@dataclass
+class AlgorithmArgs:
     num_steps: int = 128  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
-    num_minibatches: int = 32  # minibatches per epoch; the minibatch size M is N x T / this
-    learning_rate: float = 2e-4  # α, Adam's step size, for both networks
+    num_minibatches: int = 32  # minibatches per epoch, each of M = N x T / this samples
+    learning_rate: float = 2e-4  # α, step size of Adam, for both networks
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    return_floor: float = 0.02  # where std[Â + V], of scaled rewards, is less, shrink α by their ratio²; 0 = never
-    adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
-    gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.9  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
-    norm_adv: bool = False  # standardize advantages over the batch
+    # with --norm-reward: where std[Â + V] is below this, shrink α by their ratio squared; 0: never
+    return_floor: float = 0.02
+    gamma: float = 0.99  # γ, the discount factor; Swimmer-v5 needs 0.9999
+    gamma_final: float | None = None  # anneal γ linearly to this; None: γ is constant
+    gae_lambda: float = 0.9  # λ of GAE eq. 16; 0: one-step TD, 1: Monte Carlo
+    norm_adv: bool = False  # standardize the advantages of each batch
     recompute_advantages: bool = True  # recompute advantages and value targets before each epoch
-    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # PPO eq. 7, 8, 8 with fixed β, 6
+    # PPO eq. 7, eq. 8 with adaptive β, eq. 8 with fixed β, eq. 6
+    surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
     clip_coef: float = 0.2  # ε of PPO eq. 7
+    kl_coef: float = 1.0  # β of PPO eq. 8: the fixed one, or the first adaptive one
     kl_target: float = 0.01  # d_targ of the adaptive β (PPO section 4)
-    kl_coef: float = 1.0  # β of PPO eq. 8: fixed, or the first adaptive one
-    target_kl: float | None = None  # stop the epochs once one's mean KL(old‖new) exceeds this; not in the paper
-    clip_vloss: bool = False  # clip V around its old value by ε; not in the paper
-    vf_coef: float = 0.5  # c1 of PPO eq. 9, weight of the un-halved squared error
+    clip_vloss: bool = False  # clip V to ±ε around its old value; not in the paper
     ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus
-    max_grad_norm: float = 0.5  # largest gradient norm, for policy and value network each; inf = off
-    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
-    activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
-    orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
-    log_std_init: float = -1.0  # log σ of the policy at the start, in the scale of its samples
-    log_std_final: float | None = -3.0  # log σ at the end, σ annealed linearly; None = learned, from log_std_init
+    max_grad_norm: float = 0.5  # largest gradient norm of each network; inf: no clipping
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of each network
+    # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's default
+    orthogonal_init: bool = True
+    log_std_init: float = -1.0  # log σ at the start
+    # log σ at the end; σ is annealed linearly. None: σ is learned, from log_std_init
+    log_std_final: float | None = -3.0
+
+
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
+    """All flags, flat. --help shows them in the three groups above."""
 
     @property
     def batch_size(self) -> int:
@@ -127,843 +144,1406 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu" if self.device == "auto" else self.device)
 
 
-# ---- Equations -------------------------------------------------------------------------------------------------------
-# T steps per rollout · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
+PAPER = {  # --paper: PPO section 6.1 and Table 3
+    "num_envs": 1,  # one long rollout instead of several short ones
+    "num_steps": 2048,
+    "norm_obs": False,
+    "norm_reward": False,
+    "learning_rate": 3e-4,
+    "anneal_lr": False,
+    "return_floor": 0.0,
+    "gae_lambda": 0.95,
+    "recompute_advantages": False,  # once per iteration
+    "max_grad_norm": math.inf,
+    "orthogonal_init": False,
+    "log_std_init": 0.0,
+    "log_std_final": None,  # σ is learned; PPO Table 4 anneals log σ linearly, from -0.7 to -1.6
+}
 
 
-def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + d_t y_{t+1} with y_T = 0, the recursive form of GAE eq. 16. All (T, N).
-
-    Round k merges sums of 2^k terms in pairs, y_t ← y_t + d_t⋯d_{t+2^k-1} y_{t+2^k}: log₂ T operations instead of T.
-    """
-    assert x.shape == decay.shape
-    y, reach = x, 1
-    while reach < len(x):
-        y = torch.cat([y[:-reach] + decay[:-reach] * y[reach:], y[-reach:]])
-        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
-        reach *= 2
-    return y
+CLIP = 10.0  # normalized observations and rewards are clipped to ± this
+HUGE = 1e10  # bounds of actions beyond this count as none, plain observations beyond it as errors
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout (PPO eqs. 11-12). All (T, N).
-
-        δ_t = r_t + γ V(s_{t+1}) - V(s_t)
-        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1} = δ_t + γλ Â_{t+1}
-
-    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action t led to: at an
-    episode end, of the final observation. A termination removes that V, a truncation keeps it (Pardo eq. 6); both
-    (`done`) end the sum.
-    """
-    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
-    delta = rewards + gamma * next_values * ~terminated - values  # (T, N)
-    return linear_recursion(delta, gamma * lam * (~done).to(delta.dtype))
+class InputError(ValueError):
+    """Bad input. The message is one line that says what to change."""
 
 
-def importance_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
-    """PPO eq. 6, L^CPI(θ) = Ê[r_t Â_t], r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), to be maximized. (B,) each -> scalar.
-
-    TRPO eq. 14 is the same with q = π_old and Q in place of Â.
-    """
-    assert logp.shape == logp_old.shape == adv.shape
-    return ((logp - logp_old).exp() * adv).mean()
-
-
-def clipped_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
-    """PPO eq. 7, L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized. (B,) each -> scalar."""
-    assert logp.shape == logp_old.shape == adv.shape
-    ratio = (logp - logp_old).exp()  # (B,)
-    return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
-
-
-def kl_penalized_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
-    """PPO eq. 8, L^KLPEN(θ) = Ê[r_t Â_t - β KL[π_old, π_θ]], to be maximized. (B,) each, or kl its mean -> scalar."""
-    return importance_surrogate(logp, logp_old, adv) - beta * kl.mean()
-
-
-def adapt_kl_coef(beta: float, kl: float, kl_target: float) -> float:
-    """PPO section 4, β of the next update: d < d_targ / 1.5: β ← β / 2;  d > 1.5 d_targ: β ← 2β."""
-    if kl < kl_target / 1.5:
-        return beta / 2
-    return 2 * beta if kl > 1.5 * kl_target else beta
-
-
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """PPO eq. 9, L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each -> scalar."""
-    assert values.shape == returns.shape
-    return (values - returns).square().mean()
-
-
-def clipped_value_loss(values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float) -> Tensor:
-    """Engstrom section 3, item 1, not in the PPO paper. (B,) each -> scalar.
-
-    L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old-ε, V_old+ε) - V^targ)²)]
-    """
-    assert values.shape == values_old.shape == returns.shape
-    clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)  # (B,)
-    return torch.max((values - returns).square(), (clipped - returns).square()).mean()
+# ---- Equations -----------------------------------------------------------------------------------
+# T steps · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
 
 
 def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """TRPO appendix D: log N(a; μ(s), diag σ²). mean, actions (…, A), log_std (A,) -> (…,)."""
+    """TRPO appendix D: log N(a; μ(s), diag σ²).
+
+    mean, actions (…, A), log_std (A,) or (…, A). Returns (…,).
+    """
     assert mean.shape == actions.shape
-    squares = ((actions - mean) * (-log_std).exp()).square()  # (…, A)
-    return (-0.5 * squares - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    z = (actions - mean) / log_std.exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 for a diagonal Gaussian, in nats: Σ_i log σ_i + ½ log 2πe. (A,) -> scalar."""
+    """S[π] of PPO eq. 9 in nats: Σ_i log σ_i + ½ log 2πe. (…, A), returns (…,)."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL[π_old, π] of PPO eq. 8 and TRPO eq. 12 for diagonal Gaussians, in nats. means (…, A), log stds (A,) -> (…,).
+    """KL[π_old, π] of PPO eq. 8 in nats.
 
     KL = Σ_i log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / 2σ_i² - ½
+
+    means (…, A), log stds (A,) or (…, A). Returns (…,).
     """
     assert mean_old.shape == mean.shape
-    squares = (2 * log_std_old).exp() + (mean_old - mean).square()  # (…, A)
-    return (log_std - log_std_old + 0.5 * squares * (-2 * log_std).exp() - 0.5).sum(-1)
+    squares = (2 * log_std_old).exp() + (mean_old - mean).square()
+    return (log_std - log_std_old + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
 
 
-def discounted_sums(rewards: Tensor, done: Tensor, start: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode. rewards, done (T, N) -> R (T, N).
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """PPO eq. 9: L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each, returns a scalar."""
+    assert values.shape == returns.shape
+    return (values - returns).square().mean()
 
-    `start` (N,) is γ R_{-1}, what the rollout before left; the second result is what this one leaves.
+
+def clipped_value_loss(
+    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float
+) -> Tensor:
+    """Engstrom section 3, item 1; not in the PPO paper. (B,) each, returns a scalar.
+
+    L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
     """
-    decay = gamma * (~done).to(rewards.dtype)  # (T, N)  decay[t] leads from R_t to R_{t+1}
-    first = torch.cat([rewards[:1] + start, rewards[1:]])
-    sums = linear_recursion(first.flip(0), decay.roll(1, 0).flip(0)).flip(0)  # the recursion runs forward in time
-    return sums, decay[-1] * sums[-1]
+    assert values.shape == values_old.shape == returns.shape
+    clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
+    return torch.max((values - returns).square(), (clipped - returns).square()).mean()
 
 
-def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂) for g, all the tensors as one flat vector; and ‖g‖₂."""
-    flat = torch.cat([g.flatten() for g in grads])
-    norm = flat.norm()
-    return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+def importance_surrogate(ratio: Tensor, adv: Tensor) -> Tensor:
+    """PPO eq. 6: L^CPI(θ) = Ê[r_t Â_t], to be maximized. (B,) each, returns a scalar."""
+    assert ratio.shape == adv.shape
+    return (ratio * adv).mean()
 
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
+def kl_penalized_surrogate(ratio: Tensor, adv: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
+    """PPO eq. 8: L^KLPEN(θ) = Ê[r_t Â_t - β KL[π_old, π_θ]], to be maximized. Returns a scalar.
 
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, merged batch by batch (Chan et al. 1979)."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("inverse_std", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(0))
-
-    def update(self, rows: Tensor) -> None:  # (B, *shape)
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        self.count += len(rows)
-        share, delta = len(rows) / self.count, mean - self.mean
-        self.mean += share * delta
-        self.var += share * (var - self.var + (1 - share) * delta.square())
-        self.inverse_std.copy_((self.var + 1e-8).rsqrt())
-
-
-def fast_tanh(x: Tensor) -> Tensor:
-    """tanh x, for large tensors as 2 σ(2x) - 1: on a CPU that takes PyTorch a quarter of its tanh's time.
-
-    Where its derivative follows and nothing fuses the parts, PyTorch's tanh is as fast or faster.
+    ratio and adv are (B,). kl is (B,), or its mean.
     """
-    eager_gradient = x.requires_grad and not torch.compiler.is_compiling()
-    return torch.tanh(x) if x.numel() < 4096 or eager_gradient else 2 * torch.sigmoid(2 * x) - 1
+    return importance_surrogate(ratio, adv) - beta * kl.mean()
 
 
-class MLP(nn.Module):
-    """Fully connected network with these layer sizes and a linear output (Engstrom section 3, items 3 and 8)."""
+def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
+    """PPO eq. 7: L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized.
 
-    def __init__(self, sizes: tuple[int, ...], args: Args, last_gain: float):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-        self.activation = fast_tanh if args.activation == "tanh" else torch.relu
-        for layer in self.layers if args.orthogonal_init else ():
-            nn.init.orthogonal_(layer.weight, last_gain if layer is self.layers[-1] else math.sqrt(2))
+    (B,) each, returns a scalar.
+    """
+    assert ratio.shape == adv.shape
+    return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequential:
+    """Fully connected tanh network with a linear output (Engstrom section 3, items 3 and 8)."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    layers.pop()
+    if orthogonal:
+        for layer in layers[::2]:
+            nn.init.orthogonal_(layer.weight, last_gain if layer is layers[-1] else math.sqrt(2))
             nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:  # not layer(x), whose own cost shows when acting on few observations
-            x = self.activation(nn.functional.linear(x, layer.weight, layer.bias))
-        return nn.functional.linear(x, last.weight, last.bias)
+    return nn.Sequential(*layers)
 
 
 class Policy(nn.Module):
-    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is not a function of s (PPO section 6.1).
+    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ does not depend on s (PPO section 6.1).
 
-    log σ is a parameter, or a buffer that `train` anneals (as in PPO Table 4).
+    Samples of the Gaussian are in units of [-1, 1]. `to_env` maps them to the action space.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
         super().__init__()
-        self.norm_obs, self.clip_obs, (action_dim,) = args.norm_obs, args.clip_obs, action_space.shape
+        (action_dim,) = action_space.shape
+        self.norm_obs = args.norm_obs
         self.obs_stats = RunningMeanStd(*obs_shape)
-        self.mean_net = MLP((*obs_shape, *args.hidden_sizes, action_dim), args, last_gain=0.01)
+        sizes = (*obs_shape, *args.hidden_sizes, action_dim)
+        self.mean_net = mlp(sizes, 0.01, args.orthogonal_init)
+        self.log_std_ends = (args.log_std_init, args.log_std_final)
         log_std = torch.full((action_dim,), args.log_std_init)
         if args.log_std_final is None:
             self.log_std = nn.Parameter(log_std)
         else:
             self.register_buffer("log_std", log_std)
-        low, high = torch.tensor(np.array([action_space.low, action_space.high]), dtype=torch.float32)  # (A,) each
-        if args.action_map == "none":
-            low, high = torch.full_like(low, -math.inf), torch.full_like(high, math.inf)
-        rescale = low.isfinite() & high.isfinite() & (args.action_map == "rescale")  # infinite bounds pass through
-        self.register_buffer("scale", torch.where(rescale, (high - low) / 2, 1.0))
-        self.register_buffer("shift", torch.where(rescale, (high + low) / 2, 0.0))
-        self.register_buffer("low", torch.where(rescale, -1.0, low))
-        self.register_buffer("high", torch.where(rescale, 1.0, high))
+        self.action_map = ActionMap(action_space)
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Raw observations (…, O) -> what both networks see (…, O) (Engstrom section 3, items 6 and 7)."""
+        """Raw observations (…, O) to inputs of both networks (…, O), on their device.
+
+        The arithmetic is float64 on the CPU (Engstrom section 3, items 6 and 7).
+        """
+        obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
-            obs = (obs - self.obs_stats.mean) * self.obs_stats.inverse_std
-        return obs.clamp(-self.clip_obs, self.clip_obs)
+            obs = ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-CLIP, CLIP)
+        return obs.to(self.mean_net[0].weight)  # their dtype and device
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Raw observations (…, O) -> μ_θ(s) (…, A), before the action map."""
-        return self.mean_net(self.normalize(obs))
+    def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (…, O) to μ_θ(s) (…, A) and log σ, (A,) or (…, A)."""
+        return self.mean_net(inputs), self.log_std
 
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray, noise: Tensor | float = 0.0) -> tuple[Tensor, np.ndarray]:
-        """Raw observations (N, O), noise of std σ (N, A) -> sample μ + noise, its action for the environment (N, A)."""
-        actions = self(torch.from_numpy(obs).to(self.log_std.device)) + noise
-        return actions, (actions.clamp(self.low, self.high) * self.scale + self.shift).cpu().numpy()
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw observations (…, O) to μ_θ(s) (…, A) and log σ, (A,) or (…, A)."""
+        return self.distribution(self.normalize(obs))
+
+    def anneal(self, fraction: float) -> None:
+        """Set σ on the line from its first to its last value, unless it is learned."""
+        first, last = self.log_std_ends
+        if last is not None:
+            std = (1 - fraction) * math.exp(first) + fraction * math.exp(last)
+            self.log_std.fill_(math.log(std))
+
+    @torch.no_grad()
+    def sample(
+        self, obs: np.ndarray, deterministic: bool = False, rng: torch.Generator | None = None
+    ) -> Tensor:
+        """a ~ π(·|s) for raw observations (…, O), or the mean μ_θ(s); (…, A), before `to_env`."""
+        mean, log_std = self(torch.from_numpy(np.array(obs, np.float64)))
+        if deterministic:
+            return mean
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=rng).to(mean)
+
+    def to_env(self, samples: Tensor) -> np.ndarray:
+        """Samples (…, A) to actions of the environment (…, A), within its bounds."""
+        return self.action_map(samples.cpu().numpy())
+
+    def act(
+        self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
+    ) -> np.ndarray:
+        """Actions of the environment (…, A) for raw observations (…, O): means or samples."""
+        return self.to_env(self.sample(obs, deterministic, rng))
 
 
 class Critic(nn.Module):
-    """V(s) in units of scaled reward, from `policy.normalize(obs)` (…, O) -> (…,)."""
+    """V(s), in units of scaled reward, from `policy.normalize(obs)` (…, O) to (…,)."""
 
-    def __init__(self, obs_dim: int, args: Args):
+    def __init__(self, obs_shape: tuple[int, ...], args: Args):
         super().__init__()
         self.return_stats = RunningMeanStd()
-        self.value_net = MLP((obs_dim, *args.hidden_sizes, 1), args, last_gain=1.0)
+        self.value_net = mlp((*obs_shape, *args.hidden_sizes, 1), 1.0, args.orthogonal_init)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.value_net(obs).squeeze(-1)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value_net(inputs).squeeze(-1)
+
+
+# ---- Loss and update -----------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B samples of a rollout, or a minibatch of M; "old" is under π_old and V_old."""
+
+    inputs: Tensor  # (B, O)  normalized observations
+    actions: Tensor  # (B, A)
+    mean_old: Tensor  # (B, A)
+    log_std_old: Tensor  # (B, A)
+    logp_old: Tensor  # (B,)
+    values_old: Tensor  # (B,)
+    adv: Tensor  # (B,)
+    returns: Tensor  # (B,)
+
+
+def ppo_loss(
+    policy: Policy, critic: Critic, batch: Batch, beta: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-(L^CLIP - L^VF + c2 S), PPO eq. 9 with c1 = 1, or with another surrogate; and metrics."""
+    mean, log_std = policy.distribution(batch.inputs)
+    logp = gaussian_logp(mean, log_std, batch.actions)
+    ratio = (logp - batch.logp_old).exp()  # r_t(θ), (M,)
+    kl = gaussian_kl(batch.mean_old, batch.log_std_old, mean, log_std)  # (M,)
+    if args.surrogate == "clip":
+        surrogate = clipped_surrogate(ratio, batch.adv, args.clip_coef)
+    elif args.surrogate == "none":
+        surrogate = importance_surrogate(ratio, batch.adv)
+    else:
+        surrogate = kl_penalized_surrogate(ratio, batch.adv, kl, beta)
+
+    values = critic(batch.inputs)  # (M,)
+    if args.clip_vloss:
+        error = clipped_value_loss(values, batch.values_old, batch.returns, args.clip_coef)
+    else:
+        error = value_loss(values, batch.returns)
+    entropy = gaussian_entropy(log_std).mean()
+
+    metrics = {
+        "policy_loss": -surrogate,
+        "value_loss": error,
+        "entropy": entropy,
+        "approx_kl": kl.mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+    return -(surrogate - error + args.ent_coef * entropy), metrics
+
+
+def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂), g being all tensors in one vector.
+
+    Returns the clipped vector (P,) and the norm before.
+    """
+    flat = torch.cat([g.flatten() for g in grads])
+    norm = flat.norm()
+    return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
 class Adam(nn.Module):
-    """Kingma Algorithm 1 for P weights in all, its state in buffers.
+    """Kingma Algorithm 1 for P weights.
 
-    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the gradient.
+    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the loss.
     """
 
-    def __init__(self, num_weights: int, lr: float, eps: float):
+    def __init__(self, num_weights: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.register_buffer("lr", torch.tensor(lr))  # α
-        self.register_buffer("t", torch.tensor(0.0))
+        self.register_buffer("lr", torch.tensor(0.0))  # α
+        self.register_buffer("beta1_t", torch.tensor(1.0))  # β₁ᵗ
+        self.register_buffer("beta2_t", torch.tensor(1.0))  # β₂ᵗ
         self.register_buffer("m", torch.zeros(num_weights))
         self.register_buffer("v", torch.zeros(num_weights))
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grad: Tensor) -> None:
-        """m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  θ ← θ - α m̂ / (√v̂ + ε). `grad` (P,) is that of all `params`."""
+        """Change `params`, P weights in all, along their gradient (P,).
+
+        m ← β₁ m + (1 - β₁) g
+        v ← β₂ v + (1 - β₂) g²
+        θ ← θ - α m̂ / (√v̂ + ε)  with  m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
+        """
         beta1, beta2 = 0.9, 0.999
-        self.t += 1
+        self.beta1_t *= beta1
+        self.beta2_t *= beta2
         self.m.lerp_(grad, 1 - beta1)
         self.v.lerp_(grad.square(), 1 - beta2)
-        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))  # m / (1 - β₁ᵗ)
-        v_hat = self.v / -torch.expm1(self.t * math.log(beta2))
+        m_hat = self.m / (1 - self.beta1_t)
+        v_hat = self.v / (1 - self.beta2_t)
         change = self.lr * m_hat / (v_hat.sqrt() + self.eps)
-        for param, part in zip(params, change.split([param.numel() for param in params]), strict=True):
+        sizes = [param.numel() for param in params]
+        for param, part in zip(params, change.split(sizes), strict=True):
             param -= part.view_as(param)
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
+def minibatch_step(
+    policy: Policy, critic: Critic, adam: Adam, batch: Batch, beta: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """One step of Adam on the loss of one minibatch; returns metrics.
 
-
-class Envs:
-    """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
-
-    `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
-    random state before the reset that began its current episode: resuming from it replays that reset.
+    The gradient of each network is clipped by its own norm.
     """
-
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
-        self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
-        for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
-            env.reset(seed=env_seed)
-        self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
-        for env, state in zip(envs, self.rng_states, strict=True):
-            env.np_random.bit_generator.state = state
-        self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), rewards, terminated, truncated (N,), obs (N, O).
-
-        `next_obs` are the true successors, final observations included; `obs` is what to act on next.
-        """
-        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs))
-        terminated, truncated = np.empty((2, len(self.envs)), bool)
-        for i, env in enumerate(self.envs):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
-        self.obs = next_obs.copy()
-        self.sums[0] += rewards
-        self.sums[1] += 1
-        for i in np.flatnonzero(terminated | truncated):
-            self.ended.append(tuple(self.sums[:, i].tolist()))
-            self.sums[:, i] = 0
-            self.rng_states[i] = self.envs[i].np_random.bit_generator.state
-            self.obs[i], _ = self.envs[i].reset()
-        return next_obs, rewards, terminated, truncated, self.obs
+    loss, metrics = ppo_loss(policy, critic, batch, beta, args)
+    policy_params, critic_params = list(policy.parameters()), list(critic.parameters())
+    grads = torch.autograd.grad(loss, policy_params + critic_params)
+    n = len(policy_params)
+    policy_grad, policy_grad_norm = clip_global_norm(grads[:n], args.max_grad_norm)
+    critic_grad, critic_grad_norm = clip_global_norm(grads[n:], args.max_grad_norm)
+    adam.step(policy_params + critic_params, torch.cat([policy_grad, critic_grad]))
+    metrics["policy_grad_norm"] = policy_grad_norm
+    metrics["value_grad_norm"] = critic_grad_norm
+    return {name: value.detach() for name, value in metrics.items()}
 
 
-def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, **kwargs) -> Envs:
-    """`num_envs` environments with flat Box observations and actions; raises InputError for any other."""
-    with suppress(ImportError):  # MuJoCo would repeat this warning for each environment and log it to ./MUJOCO_LOG.TXT
-        import mujoco
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout. All (T, N).
 
-        mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
-    try:
-        envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    check_spaces(envs[0], env_id)
-    return Envs(envs, seed, rng_states)
+        δ_t = r_t + γ V(s_{t+1}) - V(s_t)                        PPO eq. 12
+        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        PPO eq. 11
+            = δ_t + γλ Â_{t+1}
 
-
-# ---- Rollout ---------------------------------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """T x N transitions under π_old; done = terminated | truncated."""
-
-    obs: Tensor  # (T, N, O)
-    next_obs: Tensor  # (T, N, O)  true successors
-    actions: Tensor  # (T, N, A)  samples of the Gaussian, before the action map
-    rewards: Tensor  # (T, N)
-    terminated: Tensor  # (T, N)
-    done: Tensor  # (T, N)
-
-
-def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
-    device, std = policy.log_std.device, policy.log_std.detach().exp()
-    noise = torch.randn(num_steps, len(envs.envs), len(std), generator=rng).to(device) * std  # (T, N, A)
-    steps, samples = [], []
-    for noise_t in noise:
-        actions, env_actions = policy.act(obs := envs.obs, noise_t)
-        next_obs, rewards, terminated, truncated, _ = envs.step(env_actions)
-        steps.append((obs, next_obs, rewards.astype(np.float32), terminated, terminated | truncated))
-        samples.append(actions)
-    obs, next_obs, *rest = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True))
-    return Rollout(obs, next_obs, torch.stack(samples), *rest)
-
-
-def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
-    """(T, N) rewards over the std of the discounted return, clipped (Engstrom section 3, items 2, 5); next `start`."""
-    if args.norm_reward:
-        sums, start = discounted_sums(rewards, done, start, args.gamma)
-        critic.return_stats.update(sums.flatten())
-        rewards = rewards * critic.return_stats.inverse_std
-    return rewards.clamp(-args.clip_reward, args.clip_reward), start
+    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action
+    t led to; at the end of an episode, of its final observation. A termination removes this V, a
+    time limit keeps it (Pardo eq. 6). Both (`done`) end the sum.
+    """
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
+    delta = (rewards + gamma * next_values * ~terminated - values).cpu().numpy()
+    decay = gamma * lam * ~done.cpu().numpy()
+    adv = np.zeros_like(delta)
+    adv[-1] = delta[-1]
+    for t in reversed(range(len(delta) - 1)):
+        adv[t] = delta[t] + decay[t] * adv[t + 1]
+    return torch.from_numpy(adv).to(rewards.device)
 
 
 @torch.no_grad()
-def advantages(policy: Policy, critic: Critic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, value targets Â + V (GAE footnote 2) and values V under the critic as it is, each (T, N)."""
-    values = critic(policy.normalize(rollout.obs))  # (T, N)
-    next_values = torch.cat([values[1:], critic(policy.normalize(rollout.next_obs[-1:]))])  # (T, N)
-    next_values[rollout.done] = critic(policy.normalize(rollout.next_obs[rollout.done]))  # of the final observations
-    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, args.gamma, args.gae_lambda)
+def advantages(
+    critic: Critic, rollout: "Rollout", gamma: float, args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Â, the value targets Â + V (GAE footnote 2), and V of the present critic, each (T, N)."""
+    values = critic(rollout.obs)
+    next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
+    next_values[rollout.done] = critic(rollout.next_obs[rollout.done])  # of final observations
+    lam = args.gae_lambda
+    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
     if args.norm_adv:
         adv = (adv - adv.mean()) / (adv.std() + 1e-8)
     return adv, returns, values
 
 
-# ---- Update ----------------------------------------------------------------------------------------------------------
-
-
-class Minibatch(NamedTuple):
-    """M samples of the batch; "old" is under π_old and V_old, those of the rollout."""
-
-    obs: Tensor  # (M, O)
-    actions: Tensor  # (M, A)
-    mean_old: Tensor  # (M, A)
-    logp_old: Tensor  # (M,)
-    values_old: Tensor  # (M,)
-    adv: Tensor  # (M,)
-    returns: Tensor  # (M,)
-
-
-LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "policy_grad_norm", "value_grad_norm")
-
-
-def minibatch_gradient(policy: Policy, critic: Critic, mb: Minibatch, log_std_old: Tensor, beta: Tensor,
-                       args: Args) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, as one vector, policy first; the figures of LOSSES."""
-    mean, values = policy(mb.obs), critic(policy.normalize(mb.obs))  # (M, A), (M,)
-    logp = gaussian_logp(mean, policy.log_std, mb.actions)  # (M,)
-    kl = gaussian_kl(mb.mean_old, log_std_old, mean, policy.log_std)  # (M,)
-    if args.surrogate == "clip":
-        objective = clipped_surrogate(logp, mb.logp_old, mb.adv, args.clip_coef)
-    elif args.surrogate == "none":
-        objective = importance_surrogate(logp, mb.logp_old, mb.adv)
-    else:
-        objective = kl_penalized_surrogate(logp, mb.logp_old, mb.adv, kl, beta)
-    if args.clip_vloss:
-        value_error = clipped_value_loss(values, mb.values_old, mb.returns, args.clip_coef)
-    else:
-        value_error = value_loss(values, mb.returns)
-    entropy = gaussian_entropy(policy.log_std)
-    loss = -(objective - args.vf_coef * value_error + args.ent_coef * entropy)
-
-    policy_params, value_params = list(policy.parameters()), list(critic.parameters())
-    grads = torch.autograd.grad(loss, policy_params + value_params)
-    policy_grad, policy_norm = clip_global_norm(grads[: len(policy_params)], args.max_grad_norm)
-    value_grad, value_norm = clip_global_norm(grads[len(policy_params) :], args.max_grad_norm)
-    clipfrac = ((logp - mb.logp_old).exp() - 1).abs().gt(args.clip_coef).float().mean()
-    figures = torch.stack([-objective, value_error, entropy, kl.mean(), clipfrac, policy_norm, value_norm])
-    return torch.cat([policy_grad, value_grad]), figures.detach()
-
-
-def minibatch_step(policy: Policy, critic: Critic, adam: Adam, mb: Minibatch, log_std_old: Tensor, beta: Tensor,
-                   args: Args) -> Tensor:  # fmt: skip
-    """One step of Adam on the gradient of one minibatch; the figures of LOSSES."""
-    grad, figures = minibatch_gradient(policy, critic, mb, log_std_old, beta, args)
-    adam.step([*policy.parameters(), *critic.parameters()], grad)
-    return figures
-
-
 def update(
-    policy: Policy, critic: Critic, adam: Adam, step: Callable, rollout: Rollout, beta: float, rng: torch.Generator,
+    policy: Policy,
+    critic: Critic,
+    adam: Adam,
+    step: Callable,
+    rollout: "Rollout",
+    gamma: float,
+    beta: float,
+    rng: torch.Generator,
     args: Args,
-) -> dict[str, float]:  # fmt: skip
-    """K epochs of minibatches over one batch (PPO Algorithm 1); `step` is minibatch_step, compiled or not.
+) -> dict[str, float]:
+    """K epochs of minibatches over one prepared rollout (PPO Algorithm 1); returns metrics.
 
-    -> means over all minibatches; "kl" is the mean KL(old‖new) of the whole update.
+    `step` is minibatch_step, compiled or not. "kl" is KL[π_old, π] of the whole update.
 
-    Adam's steps are as long for small gradients as for large ones. Once a task is solved, returns hardly differ, the
-    advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
-    Â + V, is below `return_floor`, the learning rate of this update shrinks by the square of their ratio. Other causes
-    of returns that are all but equal, such as a large constant reward or an idle policy, shrink it too; 0 turns this
-    off. With `norm_reward` off the floor is in units of raw rewards.
+    Steps of Adam are as long for small gradients as for large ones. Where a task is solved, all
+    returns are nearly alike, the advantages are errors of V, and full steps undo what was learned.
+    So `return_floor` shrinks the steps where the value targets hardly differ.
     """
     with torch.no_grad():
-        mean_old, log_std_old = policy(rollout.obs), policy.log_std.clone()  # (T, N, A), (A,)
-        logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)  # (T, N)
-    adv, returns, values_old = advantages(policy, critic, rollout, args)
+        mean_old, log_std_old = policy.distribution(rollout.obs)
+        logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)
+        log_std_old = log_std_old.clone().expand_as(mean_old)
+    adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
-    if args.return_floor:
+    if args.norm_reward and args.return_floor > 0:
         adam.lr *= (returns.std() / args.return_floor).clamp(max=1.0).square()
-    penalty, epochs = torch.tensor(beta, device=adv.device), []
+
+    history = []
+    beta = torch.tensor(beta, device=adv.device)
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
-            adv, returns, _ = advantages(policy, critic, rollout, args)
-        batch = Minibatch(rollout.obs, rollout.actions, mean_old, logp_old, values_old, adv, returns)
+            adv, returns, _ = advantages(critic, rollout, gamma, args)
+        old = (mean_old, log_std_old, logp_old, values_old)
+        batch = Batch(rollout.obs, rollout.actions, *old, adv, returns)
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        shuffled = (x.flatten(0, 1).index_select(0, order) for x in batch)  # three times as fast as [order]
+        shuffled = [x.flatten(0, 1).index_select(0, order) for x in batch]
         minibatches = zip(*(x.chunk(args.num_minibatches) for x in shuffled), strict=True)
-        total = torch.zeros(len(LOSSES), device=adv.device)
-        for mb in minibatches:
-            total += step(policy, critic, adam, Minibatch(*mb), log_std_old, penalty, args)
-        epochs.append(total / args.num_minibatches)
-        if args.target_kl is not None and epochs[-1][LOSSES.index("approx_kl")] > args.target_kl:
-            break
+        for minibatch in minibatches:
+            history.append(step(policy, critic, adam, Batch(*minibatch), beta, args))
+
+    metrics = {}
+    for name in history[0]:
+        metrics[name] = torch.stack([step_metrics[name] for step_metrics in history]).mean().item()
     with torch.no_grad():
-        kl = gaussian_kl(mean_old, log_std_old, policy(rollout.obs), policy.log_std).mean()
-    stats = dict(zip(LOSSES, torch.stack(epochs).mean(0).tolist(), strict=True))
-    return stats | {"kl": kl.item(), "explained_variance": explained_variance.item(), "epochs": float(len(epochs))}
+        kl = gaussian_kl(mean_old, log_std_old, *policy.distribution(rollout.obs)).mean()
+    metrics["kl"] = kl.item()
+    metrics["explained_variance"] = explained_variance.item()
+    metrics["action_std"] = log_std_old.exp().mean().item()
+    return metrics
 
 
-# ---- Train -----------------------------------------------------------------------------------------------------------
+# ---- Environments and rollout --------------------------------------------------------------------
 
 
-def train(args: Args) -> dict:
-    """PPO Algorithm 1 from the first iteration, or a checkpoint's, to the last, then evaluation.
+class RunningMeanStd(nn.Module):
+    """Mean and std of all rows seen so far, in float64 (Chan et al. 1979).
 
-    Returns steps, episodic_return (mean of the last 100 training episodes), eval_return (mean of the deterministic
-    evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's thread count and seed for the
-    process. Raises InputError for bad input, FloatingPointError for NaN or infinity. With `args.resume`, weights and
-    progress come from the checkpoint, all else from `args`: start from `Args(**load_checkpoint(path)["args"])`.
+    They are not buffers, so they stay on the CPU when the module moves to another device.
     """
-    check_args(args)
-    if args.ent_coef and args.log_std_final is not None:
-        raise InputError("--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None")
-    device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
-    torch.set_num_threads(1)  # more do not help networks this small
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
-    envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
-    policy = Policy(envs.obs.shape[1:], envs.envs[0].action_space, args).to(device)
-    critic = Critic(envs.obs.shape[1], args).to(device)
-    params = [*policy.parameters(), *critic.parameters()]
-    adam = Adam(sum(param.numel() for param in params), args.learning_rate, args.adam_eps).to(device)
-    modules = {"policy": policy, "critic": critic, "adam": adam}
-    for name, module in modules.items() if saved else ():
-        module.load_state_dict(saved[name])
-    rng.set_state(saved.get("rng", rng.get_state()))
-    step, beta = saved.get("step", 0), saved.get("beta", args.kl_coef)
-    episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
-    reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
-    total_steps = args.num_iterations * args.batch_size
-    with Log(args, device, step, len(adam.m)) as log:
 
-        def checkpoint() -> str:
-            state = {"step": step, "beta": beta, "episodes": list(episodes), "env_rng_states": envs.rng_states}
-            state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
-            return save_checkpoint(log.run_dir, args, state)
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.count = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.var = torch.ones(shape, dtype=torch.float64)
+        self.std = torch.ones(shape, dtype=torch.float64)
 
-        compiled_step = compile_or_eager(minibatch_step, args, device)
-        with stop_signals() as signals:
-            while step + args.batch_size <= args.total_timesteps and not signals:
-                fraction = step / total_steps
-                adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
-                if args.log_std_final is not None:
-                    std = (1 - fraction) * math.exp(args.log_std_init) + fraction * math.exp(args.log_std_final)
-                    policy.log_std.fill_(math.log(std))
+    def update(self, rows: Tensor) -> None:
+        """Merge rows (B, *shape)."""
+        rows = rows.to("cpu", torch.float64)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        delta = rows.mean(0) - self.mean
+        var = rows.var(0, correction=0) + (1 - weight) * delta.square()
+        self.mean = (1 - weight) * self.mean + weight * rows.mean(0)
+        self.var = (1 - weight) * self.var + weight * var
+        constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
+        self.std = torch.where(constant, 1.0, self.var.sqrt())
 
-                rollout = collect(envs, policy, rng, args.num_steps)
-                check_finite(step, observations=torch.cat([rollout.obs, rollout.next_obs]), rewards=rollout.rewards)
-                episodes.extend(envs.ended)
-                envs.ended.clear()
-                rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
+    def get_extra_state(self) -> dict:
+        names = ("count", "mean", "var", "std")
+        return {name: getattr(self, name) for name in names}
 
-                stats = update(policy, critic, adam, compiled_step, rollout._replace(rewards=rewards), beta, rng, args)
-                losses = torch.tensor([stats[name] for name in LOSSES])
-                check_finite(step, losses=losses, parameters=nn.utils.parameters_to_vector(params))
-                if args.surrogate == "kl-adaptive":
-                    beta = adapt_kl_coef(beta, stats["kl"], args.kl_target)
-                policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: its first ratio is 1
-
-                step += args.batch_size
-                stats |= {"kl_coef": beta, "action_std": policy.log_std.exp().mean().item()}
-                log(step, adam.lr.item(), episodes, stats)
-                if step // args.batch_size % args.save_every == 0:
-                    checkpoint()
-            path = checkpoint()
-        log.bar.close()
-        evaluation = evaluate_policy(policy, args) if args.eval_episodes and not signals else {}
-        mean_return = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
-        log.finish(step, mean_return, len(episodes), evaluation, path)
-    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    result = {"steps": step, "episodic_return": mean_return, "eval_return": eval_return, "checkpoint": path}
-    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+    def set_extra_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
-# ======================================================================================================================
-# The algorithm ends here. Below: evaluation, checkpoints, logging, run folder, signals, input checks, main.
-# ======================================================================================================================
+class ActionMap:
+    """Samples of the policy, in units of [-1, 1], to actions within the bounds of a Box.
 
-SCRIPT = "ppo_continuous"
-CHECKS = (
+    Infinite and enormous bounds leave a sample as it is.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        self.low, self.high = space.low, space.high  # (A,) each
+        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
+        bounded = (np.abs(low) < HUGE) & (np.abs(high) < HUGE)
+        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        self.center = (high + low) / 2
+        self.half_range = (high - low) / 2
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """(…, A) to (…, A)."""
+        actions = np.clip(self.center + self.half_range * samples, self.low, self.high)
+        return actions.astype(self.low.dtype)
+
+
+def plain(value: object) -> object:
+    """NumPy and PyTorch numbers and arrays as Python's, paths as strings, also in containers."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(x) for x in value)
+    return value
+
+
+class Envs:
+    """N Gymnasium environments, stepped one after another.
+
+    `obs` (N, O) is what to act on next. `episodes` collects (return, length) of the episodes that
+    end, from raw rewards. `rng_states[i]` is the random state of environment i before its last
+    reset. A resumed run starts from these states, so it repeats these resets.
+    """
+
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+        self.envs = envs
+        self.action_space = envs[0].action_space
+        space = envs[0].observation_space
+        self.obs = np.zeros((len(envs), *space.shape), space.dtype)
+        self.spaces = {  # for the checkpoint
+            "obs_shape": space.shape,
+            "action_low": self.action_space.low.tolist(),
+            "action_high": self.action_space.high.tolist(),
+            "action_dtype": str(self.action_space.dtype),
+        }
+        self.episodes = []
+        self.returns = np.zeros(len(envs))
+        self.lengths = np.zeros(len(envs), int)
+        self.rng_states = rng_states or [None] * len(envs)
+        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
+        for i, env in enumerate(envs):
+            env.reset(seed=int(seeds[i]))
+            if self.rng_states[i] is not None:
+                env.np_random.bit_generator.state = self.rng_states[i]
+            self.reset(i)
+
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        env = self.envs[i]
+        if isinstance(env.np_random, np.random.Generator):  # other kinds restart from their seed
+            self.rng_states[i] = plain(env.np_random.bit_generator.state)
+        self.returns[i] = 0
+        self.lengths[i] = 0
+        result = env.reset()
+        try:
+            obs, _ = result
+            self.obs[i] = same_shape(obs, self.obs[i])
+        except (TypeError, ValueError) as error:
+            raise self.mistake(i, result) from error
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N, A), and start an episode where one ends.
+
+        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). `next_obs` are the
+        true successors. At the end of an episode this is its final observation.
+        """
+        next_obs = np.empty_like(self.obs)
+        rewards = np.empty(len(self.envs))
+        terminated = np.empty(len(self.envs), bool)
+        truncated = np.empty(len(self.envs), bool)
+        self.lengths += 1
+        for i, env in enumerate(self.envs):
+            result = env.step(actions[i])
+            try:
+                obs, rewards[i], terminated[i], truncated[i], _ = result
+                next_obs[i] = same_shape(obs, next_obs[i])
+            except (TypeError, ValueError) as error:
+                raise self.mistake(i, result) from error
+        self.obs = next_obs.copy()
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.reset(i)
+        return next_obs, rewards, terminated, truncated
+
+    def mistake(self, i: int, result: object) -> InputError:
+        """The error for an environment that returned something else than Gymnasium asks for."""
+        parts = result if isinstance(result, tuple) else [result]
+        names = [f"{type(x).__name__}{getattr(x, 'shape', '')}" for x in parts]
+        due = f"an observation of shape {self.obs.shape[1:]}"
+        due += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
+        where = f"environment {i}, step {self.lengths[i]} of its episode"
+        return InputError(f"{where}: it returned {', '.join(names)}, but should return {due}")
+
+    def close(self) -> None:
+        close_all(self.envs)
+
+
+def same_shape(obs: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """`obs`, unless assigning it to `like` would broadcast: then a ValueError."""
+    if np.shape(obs) != like.shape:
+        raise ValueError
+    return obs
+
+
+def close_all(envs: list[gym.Env]) -> None:
+    """Close every environment, also where another one fails to close."""
+    with ExitStack() as stack:
+        for env in envs:
+            stack.callback(env.close)
+
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations and actions are flat Boxes, and actions floats."""
+    obs, actions = env.observation_space, env.action_space
+    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
+        return
+    space = actions if flat_obs else obs
+    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
+    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
+        space, hint = actions, "acer_discrete.py takes discrete actions"
+        if actions.start != 0:
+            hint += " from 0: shift them with the wrapper TransformAction"
+    elif flat_actions and not flat_obs:
+        hint = "wrap it in FlattenObservation"
+    else:
+        hint = "no script here takes it"
+    raise InputError(
+        f"--env-id {env_id} has {space}, this script needs flat Boxes of floats: {hint}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def make_envs(
+    env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
+) -> Envs:
+    """Make `num_envs` environments; `kwargs` are those of gym.make. Raises InputError."""
+    with suppress(ImportError):  # MuJoCo repeats this warning and logs it to ./MUJOCO_LOG.TXT
+        import mujoco
+
+        mujoco.set_mju_user_warning(
+            lambda text: None if "settotalmass" in text else print(text, file=sys.stderr)
+        )
+    envs = []
+    try:
+        for _ in range(num_envs):
+            envs.append(gym.make(env_id, **kwargs))
+        check_spaces(envs[0], env_id)
+        return Envs(envs, seed, rng_states)
+    except BaseException as error:
+        close_all(envs)
+        if isinstance(error, gym.error.Error | ImportError):
+            raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
+        raise
+
+
+class Rollout(NamedTuple):
+    """T x N transitions under π_old."""
+
+    obs: Tensor  # (T, N, O)
+    next_obs: Tensor  # (T, N, O)  true successors, final observations included
+    actions: Tensor  # (T, N, A)  samples of the Gaussian
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N)  terminated | truncated
+
+
+def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
+    """Run π_old for T steps in each environment (PPO Algorithm 1). All raw, on the CPU."""
+    steps = []
+    for _ in range(num_steps):
+        obs = envs.obs
+        actions = policy.sample(obs, rng=rng)
+        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
+        done = terminated | truncated
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
+    return Rollout(*(torch.from_numpy(np.stack(x)) for x in zip(*steps, strict=True)))
+
+
+def discounted_returns(
+    rewards: Tensor, done: Tensor, carry: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
+
+    rewards and done are (T, N). `carry` (N,) is R_{-1}, carried over from the previous rollout.
+    Returns R (T, N) and the next carry.
+    """
+    returns = np.zeros_like(rewards.numpy())
+    total = carry.numpy()
+    for t in range(len(returns)):
+        total = gamma * total + rewards[t].numpy()
+        returns[t] = total
+        total = total * ~done[t].numpy()
+    return torch.from_numpy(returns), torch.from_numpy(total)
+
+
+def prepare(
+    rollout: Rollout, policy: Policy, critic: Critic, carry: Tensor, gamma: float, args: Args
+) -> tuple[Rollout, Tensor]:
+    """The rollout as the networks need it: normalized, scaled, on their device; and next `carry`.
+
+    Rewards are divided by the std of the discounted return (Engstrom section 3, items 2 and 5).
+    """
+    rewards = rollout.rewards
+    if args.norm_reward:
+        returns, carry = discounted_returns(rewards, rollout.done, carry, gamma)
+        critic.return_stats.update(returns.flatten())
+        rewards = (rewards / critic.return_stats.std).clamp(-CLIP, CLIP)
+    inputs = policy.normalize(rollout.obs)
+    next_inputs = policy.normalize(rollout.next_obs)
+    ready = rollout._replace(obs=inputs, next_obs=next_inputs, rewards=rewards.to(inputs.dtype))
+    return Rollout(*(x.to(inputs.device) for x in ready)), carry
+
+
+def check_finite(iteration: int, **quantities: Tensor) -> None:
+    """Raise FloatingPointError that names the first quantity with a NaN or an infinity."""
+    for name, values in quantities.items():
+        if not values.isfinite().all():
+            raise FloatingPointError(f"NaN or infinity in {name}, iteration {iteration}")
+
+
+def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
+    """Raise FloatingPointError for observations or rewards that can't be trained on."""
+    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+    check_finite(iteration, observations=obs, rewards=rollout.rewards.float())
+    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+    if obs.abs().max() > limit:
+        raise FloatingPointError(f"observations beyond {limit:g}, iteration {iteration}")
+
+
+def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
+    """Raise FloatingPointError for losses or weights that training can't go on with."""
+    losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
+    check_finite(iteration, losses=losses, parameters=nn.utils.parameters_to_vector(params))
+
+
+# ---- Algorithm -----------------------------------------------------------------------------------
+
+
+def mean_of(episodes: Sequence[tuple[float, int]], column: int) -> float:
+    """Mean return (column 0) or length (column 1) of episodes, NaN of none."""
+    return float(np.mean([episode[column] for episode in episodes])) if episodes else math.nan
+
+
+STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation")
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Seed of one random stream of a run; the streams of a run differ."""
+    sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
+    return int(sequence.generate_state(1)[0])
+
+
+def adapt_kl_coef(beta: float, kl: float, kl_target: float) -> float:
+    """PPO section 4, the β of the next update.
+
+    d < d_targ / 1.5: β ← β / 2
+    d > d_targ · 1.5: β ← β · 2
+    """
+    if kl < kl_target / 1.5:
+        return beta / 2
+    if kl > kl_target * 1.5:
+        return beta * 2
+    return beta
+
+
+def ppo(
+    args: Args,
+    state: dict | None = None,
+    compile_step: Callable[[Callable], Callable] = lambda step: step,
+) -> Iterator[dict[str, float]]:
+    """PPO Algorithm 1, actor-critic style. Yields the metrics of each iteration.
+
+    If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
+    complete checkpoint. `compile_step` takes minibatch_step and returns the function to use.
+    Seeds PyTorch's global generator. Raises InputError for an environment that does not fit,
+    FloatingPointError for NaN or infinity.
+    """
+    state = {} if state is None else state
+    device = args.torch_device
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    rngs = {}
+    for name in ("exploration", "minibatches"):
+        rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
+    env_seed = stream_seed(args.seed, "environments")
+    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"))
+    with closing(envs):
+        policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(device)
+        critic = Critic(envs.obs.shape[1:], args).to(device)
+        params = [*policy.parameters(), *critic.parameters()]
+        adam = Adam(sum(param.numel() for param in params)).to(device)
+        modules = {"policy": policy, "critic": critic, "adam": adam}
+        if state:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            for name, rng in rngs.items():
+                rng.set_state(state[name])
+        step = state.get("step", 0)
+        beta = state.get("beta", args.kl_coef)
+        episodes = deque(state.get("episodes", ()), maxlen=100)  # (return, length) of the last
+        carry = torch.zeros(args.num_envs, dtype=torch.float64)  # of the discounted returns
+        train_step = compile_step(minibatch_step)
+        total = args.num_iterations * args.batch_size
+
+        while step < total:
+            iteration = step // args.batch_size + 1
+            fraction = step / total
+            policy.anneal(fraction)
+            adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1))
+            gamma_final = args.gamma if args.gamma_final is None else args.gamma_final
+            gamma = args.gamma + fraction * (gamma_final - args.gamma)
+
+            raw = collect(envs, policy, rngs["exploration"], args.num_steps)
+            check_rollout(raw, iteration, args.norm_obs)
+            if step == 0:  # the first update has no earlier statistics to work with
+                policy.obs_stats.update(raw.obs.flatten(0, 1))
+            rollout, carry = prepare(raw, policy, critic, carry, gamma, args)
+
+            rng = rngs["minibatches"]
+            metrics = update(policy, critic, adam, train_step, rollout, gamma, beta, rng, args)
+            check_update(metrics, params, iteration)
+            if args.surrogate == "kl-adaptive":
+                beta = adapt_kl_coef(beta, metrics["kl"], args.kl_target)
+                beta = min(max(beta, 1e-8), 1e8)  # from 0 or infinity it would never return
+            if step > 0:
+                policy.obs_stats.update(raw.obs.flatten(0, 1))
+
+            step += args.batch_size
+            episodes.extend(envs.episodes)
+            envs.episodes.clear()
+            state |= {name: module.state_dict() for name, module in modules.items()}
+            state |= {name: rng.get_state() for name, rng in rngs.items()}
+            state |= {"step": step, "beta": beta, "episodes": list(episodes)}
+            state |= {"env_rng_states": list(envs.rng_states), "spaces": envs.spaces}
+            yield {
+                "episodic_return": mean_of(episodes, 0),
+                "episodic_length": mean_of(episodes, 1),
+                "learning_rate": adam.lr.item(),
+                "gamma": gamma,
+                "kl_coef": beta,
+                **metrics,
+            }
+
+
+# ==================================================================================================
+# The algorithm ends here. Below is what runs it: files, progress, evaluation, command line.
+# ==================================================================================================
+
+ALGORITHM = "ppo_continuous"  # what a checkpoint is checked for
+GENERATOR = ppo
+WHY_AUTO = "the networks are small"  # for the device that --device auto takes
+THREADS = 1  # of PyTorch; more do not help networks this small
+FIXED_ON_RESUME = (
+    *("env_id", "seed", "num_envs", "norm_obs", "norm_reward", "hidden_sizes", "orthogonal_init"),
+    *("log_std_init", "log_std_final", "kl_coef"),
+)
+RANGES = (
     (
-        "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_obs "
-        "clip_reward clip_coef kl_target target_kl max_grad_norm hidden_sizes",
+        *("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches"),
+        *("learning_rate", "clip_coef", "kl_target", "max_grad_norm", "hidden_sizes"),
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps return_floor kl_coef vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
-    ("learning_rate adam_eps return_floor kl_target kl_coef vf_coef ent_coef", math.isfinite, "must be finite"),
-    ("gamma gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
-    ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
+    (
+        *("seed", "eval_episodes", "return_floor", "kl_coef", "ent_coef"),
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (
+        *("learning_rate", "return_floor", "clip_coef", "kl_target", "kl_coef", "ent_coef"),
+        math.isfinite,
+        "must be finite",
+    ),
+    ("gamma", "gamma_final", "gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    ("log_std_init", "log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
-FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
-FIXED_ON_RESUME = (
-    f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward kl_coef orthogonal_init log_std_init log_std_final"
-)
-AUTO_DEVICE = "the networks are small"
+
+FILE = globals().get("__file__")  # a notebook cell has none
+SCRIPT = Path(FILE).stem if FILE else ALGORITHM
+CHARTS = ("episodic_return", "episodic_length", "SPS", "learning_rate")  # other tags are losses/
+SAVE_SECONDS = 60  # between two checkpoints
+LINE_SECONDS = 60  # between two lines of progress where stdout is no terminal
+COMPILE_FROM = 250_000  # steps, for --compile auto
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 LONGEST_FILM = 3_000  # frames
 
 
-class InputError(ValueError):
-    """Bad input; the message is one line that says what to change."""
+def train(args: Args, _signals: Sequence[int] = ()) -> dict:
+    """Train from the first iteration, or a checkpoint's, to the last; then evaluate.
+
+    Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
+    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
+    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
+    FloatingPointError for NaN or infinity. A KeyboardInterrupt is the caller's; the last
+    checkpoint stays.
+
+    With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
+    start from `Args(**load_checkpoint(path)["args"])`.
+    """
+    args = check_args(args)
+    state = {}
+    if args.resume:
+        state = load_checkpoint(args.resume)
+        check_resume(args, state["args"])
+    torch.set_num_threads(THREADS)
+    with Log(args, state.get("step", 0)) as log:
+        saved_at = -math.inf
+        with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+            for metrics in iterations:
+                log(state["step"], metrics)
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    save_checkpoint(log.run_dir, args, state)
+                    saved_at = time.monotonic()
+                if _signals:
+                    break
+        checkpoint = save_checkpoint(log.run_dir, args, state)
+        log.end_training(state)
+        evaluation = {}
+        if args.eval_episodes and not _signals:
+            evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
+            log.end_evaluation(state["step"], evaluation)
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.folder / 'checkpoint.pt'}")
+        if args.video_dir and not _signals:
+            film(load_policy(checkpoint), args, _signals)
+    deterministic = evaluation.get("deterministic")
+    return {
+        "steps": state["step"],
+        "episodic_return": mean_of(state["episodes"], 0),
+        "eval_return": float(np.mean(deterministic)) if deterministic else None,
+        "checkpoint": checkpoint,
+        "run_dir": str(log.run_dir),
+    }
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, video_dir: str | None = None,
-    **env_kwargs,
-) -> list[float]:  # fmt: skip
-    """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int
+) -> list[float]:
+    """Raw returns of one whole episode in each of `episodes` environments.
 
-    One each, since counting the first to end would favour short ones; cut after LONGEST_EVALUATION steps. `video_dir`
-    gets a GIF of the first environment; `env_kwargs` are make_envs's.
+    `act` maps raw observations (episodes, O) to actions of the environment (episodes, A). Each
+    environment counts once, since the episodes that end first are the short ones. One that does
+    not end within LONGEST_EVALUATION steps is left out, and a line says so.
     """
-    envs = make_envs(env_id, episodes, seed, **env_kwargs, **({"render_mode": "rgb_array"} if video_dir else {}))
-    returns, going, frames, obs = np.zeros(episodes), np.ones(episodes, bool), [], envs.obs
-    fps = envs.envs[0].metadata.get("render_fps", 30)
-    stride = max(1, round(fps / 25))  # steps a frame
-    for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
-            frames.append(envs.envs[0].render())
-        _, rewards, terminated, truncated, obs = envs.step(act(obs))
-        returns[going] += rewards[going]
-        going &= ~(terminated | truncated)
-        if not going.any():
-            break
-    if video_dir:
-        import imageio.v3
+    totals = np.zeros(episodes)
+    running = np.ones(episodes, bool)
+    with closing(make_envs(env_id, episodes, seed)) as envs:
+        steps = range(LONGEST_EVALUATION)
+        for _ in tqdm(iter(steps), "evaluation", unit="step", leave=False, disable=None):
+            _, rewards, terminated, truncated = envs.step(act(envs.obs))
+            totals[running] += rewards[running]
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+    if running.any():
+        limit = f"within {LONGEST_EVALUATION:,} steps"
+        say(f"{running.sum()} of {episodes} episodes did not end {limit}; they are left out")
+    return totals[~running].tolist()
 
-        path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
+
+def task_name(env_id: str) -> str:
+    """The last part of an id, for names of files."""
+    return env_id.replace(":", "/").split("/")[-1]
+
+
+def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
+    """`act`, which raises KeyboardInterrupt once a signal came."""
+
+    def checked(*inputs):
+        if signals:
+            raise KeyboardInterrupt
+        return act(*inputs)
+
+    return checked
+
+
+def evaluate_policy(
+    policy: Policy, args: Args, signals: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Print and return the returns of mean actions and of sampled actions, statistics frozen."""
+    policy.to(args.torch_device)
+    seed = stream_seed(args.seed, "evaluation")
+    rng = torch.Generator().manual_seed(seed)
+    acts = {
+        "deterministic": lambda obs: policy.act(obs),
+        "sampled": lambda obs: policy.act(obs, False, rng),
+    }
+    evaluation = {}
+    for mode, act in acts.items():
+        returns = evaluate(interruptible(act, signals), args.env_id, args.eval_episodes, seed)
+        evaluation[mode] = returns
+        result = "no episode ended"
+        if returns:
+            result = f"{np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+        say(f"evaluation, {mode}: {result}")
+    return evaluation
+
+
+def make_film_env(env_id: str, seed: int) -> Envs:
+    """One environment that renders; a MuJoCo model's camera `track` follows its robot."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    envs = make_envs(env_id, 1, seed, render_mode="rgb_array")
+    renderer = getattr(envs.envs[0].unwrapped, "mujoco_renderer", None)
+    if renderer is not None:
+        import mujoco
+
+        kind = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, kind, "track")  # -1: none
+    return envs
+
+
+def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
+    """Write a GIF of one episode of mean actions. If that fails, a line says why."""
+    path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
+    act = interruptible(policy.act, signals)
+    try:
+        import imageio
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
-        print(f"video {path}")
-    return returns.tolist()
+        with closing(make_film_env(args.env_id, args.seed)) as envs:
+            env = envs.envs[0]
+            fps = env.metadata.get("render_fps") or 30
+            stride = max(1, round(fps / 25))  # steps a frame
+            options = {"format": "GIF-PIL", "mode": "I", "duration": stride / fps, "loop": 0}
+            with imageio.get_writer(path, **options) as gif:
+                steps = range(LONGEST_FILM * stride)
+                for step in tqdm(iter(steps), "film", unit="step", leave=False, disable=None):
+                    if step % stride == 0:
+                        gif.append_data(env.render())
+                    _, _, terminated, truncated = envs.step(act(envs.obs))
+                    if terminated[0] or truncated[0]:
+                        break
+        say(f"film {path}")
+    except Exception as error:  # every renderer and encoder raises types of its own
+        say(f"no film {path}: {type(error).__name__} {first_line(error)}")
 
 
-def evaluate_policy(policy: Policy, args: Args) -> dict[str, list[float]]:
-    """Returns of the policy with frozen statistics, deterministic and sampled."""
-    rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
-    std = policy.log_std.detach().exp()
-
-    def sample(obs: np.ndarray) -> np.ndarray:
-        return policy.act(obs, torch.randn(len(obs), len(std), generator=rng).to(std.device) * std)[1]
-
-    deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
-    return {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line. A terminal that is gone, or can't show a character, stops nothing."""
+    file = file or sys.stdout
+    with suppress(OSError, ValueError), tqdm.external_write_mode(file):
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), file=file, flush=True)
 
 
-def print_evaluation(evaluation: dict[str, list[float]]) -> None:
-    """Mean and standard deviation over episodes of each mode."""
-    for mode, returns in evaluation.items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+def write_json(path: Path, content: dict) -> None:
+    """Write standard JSON, which has no infinity and no NaN: they become strings."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
-    """Write checkpoint.pt so that a crash leaves the old file or the new one, never half of one; -> its path."""
-    torch.save({"script": SCRIPT, "args": asdict(args)} | state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-    return str(run_dir / "checkpoint.pt")
+    """Write checkpoint.pt, and return its path. A crash leaves the old file or the new one."""
+    new, path = Path(run_dir, "checkpoint.tmp"), Path(run_dir, "checkpoint.pt")
+    torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+    load_checkpoint(str(new))  # never replace a good file by one that can't be read
+    os.replace(new, path)
+    return str(path)
 
 
-def load_checkpoint(path: str, args: Args | None = None, fixed: str = "") -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` differ in `fixed`."""
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is damaged or another script's.
+
+    Its "args" are those of this version: new ones have their default, removed ones are left out.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = saved["script"], saved["args"]
     except Exception as error:  # torch.load raises many unrelated types
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
-        raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
-    for name in fixed.split():
-        if getattr(args, name) != saved_args[name]:
-            raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
+        name = type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint ({name})") from error
+    known = isinstance(saved, dict) and {"algorithm", "args"} <= saved.keys()
+    require(known, f"{path} is not a checkpoint of this version of {ALGORITHM}.py")
+    writer = saved["algorithm"]
+    require(writer == ALGORITHM, f"{path} was written by {writer}.py: use that script")
+    names = {field.name for field in fields(Args)}
+    unknown = sorted(saved["args"].keys() - names)
+    if unknown:
+        say(f"{path} has flags that this script does not know; ignored: {', '.join(unknown)}")
+    kept = {name: value for name, value in saved["args"].items() if name in names}
+    saved["args"] = asdict(Args(**kept))
     return saved
 
 
-class Log:
-    """Run folder with config.json, progress.csv and TensorBoard events; head lines and, on a terminal, progress bar."""
+def load_policy(path: str) -> Policy:
+    """The policy of a checkpoint, on the CPU. Its environment need not be installed.
 
-    def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
+    `policy.act(obs, deterministic=True)` maps raw observations (…, O) to actions (…, A).
+    """
+    saved = load_checkpoint(path)
+    spaces = saved["spaces"]
+    dtype = np.dtype(spaces["action_dtype"])
+    low, high = np.array(spaces["action_low"], dtype), np.array(spaces["action_high"], dtype)
+    action_space = gym.spaces.Box(low, high, dtype=dtype)
+    policy = Policy(tuple(spaces["obs_shape"]), action_space, Args(**saved["args"]))
+    policy.load_state_dict(saved["policy"])
+    return policy
+
+
+def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Rows of a progress.csv up to `last_step`. Damaged rows, or a damaged file, are left out."""
+    rows = []
+    with suppress(OSError, csv.Error):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # what has no newline is not whole
+        for row in csv.DictReader(lines):
+            with suppress(KeyError, TypeError, ValueError):
+                whole = None not in row and None not in row.values() and float(row["seconds"]) >= 0
+                if whole and int(row["step"]) <= last_step:
+                    rows.append(row)
+    return rows
+
+
+class Log:
+    """A run folder with config.json, progress.csv and TensorBoard events; progress for the user."""
+
+    def __init__(self, args: Args, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{Path(args.env_id.replace(':', '/')).name}__{SCRIPT}__s{args.seed}__{unique}"
-        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+        self.folder = Path(args.resume).parent if args.resume else Path(args.run_dir or default)
+        self.run_dir = self.folder.absolute()  # an environment may change the working directory
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         except OSError as error:
-            raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
-        script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        path = self.run_dir / (f"config-{step}.json" if args.resume else "config.json")
-        path.write_text(json.dumps(config, indent=1) + "\n")
+            why = f"{error.strerror}; name a folder that can be made"
+            raise InputError(f"--run-dir {self.folder}: {why}") from error
+        config = {"args": asdict(args), "device": str(args.torch_device)}
+        config["python"] = sys.version.split()[0]
+        config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
+        if FILE:
+            config["script_sha256"] = hashlib.sha256(Path(FILE).read_bytes()).hexdigest()
+        name = f"config-{step}.json" if args.resume else "config.json"
+        write_json(self.run_dir / name, config)
+
+        self.total = args.num_iterations * args.batch_size
+        if step < self.total:
+            (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
         path = self.run_dir / "progress.csv"
-        header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
-        kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
-        self.file = path.open("w", buffering=1)  # a line at a time
-        self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
+        rows = whole_rows(path, step) if step else []
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.columns = list(rows[0]) if rows else None
+        new = path.with_suffix(".tmp")
+        with new.open("w", newline="") as file:
+            if rows:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(new, path)
+        self.file = path.open("a", buffering=1, newline="")
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        total = args.num_iterations * args.batch_size
-        why = "as asked" if args.device != "auto" else f"auto: {AUTO_DEVICE}"
-        print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
-        print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
-        print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
-        print(f"device {device} ({why}), {num_params:,} parameters", flush=True)
-        self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.step, self.last, self.seconds = step, time.time(), float(kept[-1][1]) if kept else 0.0
+        self.bar = None
+        self.step = step
+        self.last = self.last_line = time.monotonic()
 
-    def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
-        """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
-        elapsed, (returns, lengths) = time.time() - self.last, np.mean(episodes or [(math.nan,) * 2], axis=0).tolist()
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.folder}")
+        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
+        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
+        say(size + (f", from {step:,}" if step else ""))
+        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
+        say(f"device {args.torch_device} ({why})")
+        if step >= self.total:
+            say("nothing is left to train; a larger --total-timesteps trains on")
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of one iteration that ended at `step`."""
+        elapsed = time.monotonic() - self.last
         sps = (step - self.step) / elapsed
-        charts = {"episodic_return": returns, "episodic_length": lengths, "SPS": sps, "learning_rate": lr}
+        metrics = {"SPS": sps} | metrics
+        if self.bar is None:  # not before: other lines may be printed during the first iteration
+            options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
+            self.bar = tqdm(initial=self.step, total=self.total, disable=None, **options)
         self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
-        if not self.file.tell():
-            self.file.write(",".join(["step", "seconds", *charts, *stats]) + "\n")
-        cells = {**charts, **stats}
-        values = ("" if math.isnan(x) else f"{x:.6g}" for x in cells.values())
-        self.file.write(",".join([str(step), f"{self.seconds:.2f}", *values]) + "\n")
-        for name, value in cells.items():
-            if not math.isnan(value):
-                self.events.add_scalar(f"{'charts' if name in charts else 'losses'}/{name}", value, step)
-        self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
+        try:
+            self.write(step, metrics)
+        except OSError as error:  # a full disk must not end the run
+            say(f"this iteration is not logged: {error}")
+        mean_return, kl = f"{metrics['episodic_return']:.1f}", f"{metrics['approx_kl']:.4f}"
+        self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
         self.bar.update(step - self.bar.n)
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        if not terminal and self.last - self.last_line >= LINE_SECONDS:
+            self.last_line = self.last
+            done = f"step {step:,} of {self.total:,}"
+            say(f"{done}  return {mean_return}  kl {kl}  {sps:.0f} steps/s")
 
-    def finish(self, step: int, mean_return: float, episodes: int, evaluation: dict, path: str) -> None:
-        """Write the evaluation, if there was one, and print the closing lines."""
-        if evaluation:
-            (self.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of progress.csv, and TensorBoard scalars."""
+        row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
+        for name, value in metrics.items():
+            row[name] = "" if math.isnan(value) else f"{value:.6g}"
+            if not math.isnan(value):
+                group = "charts" if name in CHARTS else "losses"
+                self.events.add_scalar(f"{group}/{name}", value, step)
+        if self.columns is None:
+            self.columns = list(row)
+            self.file.write(",".join(self.columns) + "\n")
+        writer = csv.DictWriter(self.file, self.columns, "", "ignore", lineterminator="\n")
+        writer.writerow(row)
+
+    def end_training(self, state: dict) -> None:
+        """Print the training score."""
+        if self.bar is not None:
+            self.bar.close()
+        count = len(state["episodes"])
+        mean = f"{mean_of(state['episodes'], 0):.1f}" if count else "unknown"
+        say(f"mean return of the last {count} training episodes {mean}")
+
+    def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
+        """Write eval.json, and the deterministic score for TensorBoard."""
+        write_json(self.run_dir / "eval.json", evaluation)
+        if evaluation["deterministic"]:
             self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
-        print(f"mean return of the last {episodes} training episodes {mean_return:.1f}")
-        print_evaluation(evaluation)
-        print(f"{step:,} steps in {self.seconds:.0f} s  {path}")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        for part in (self.bar, self.events, self.file):
-            part.close()
+        if self.bar is not None:
+            self.bar.close()
+        self.events.close()
+        self.file.close()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
-    caught, previous = [], {}
-
-    def note(number: int, _) -> None:
-        caught.append(number)
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, b"\nstopping after this iteration; once more kills\n")
-        for s in previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    with suppress(ValueError):  # only the main thread can catch signals
-        previous.update({s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield caught
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
-def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Callable:
-    """`function` as one compiled graph if --compile asks for it and PyTorch can; else eager, saying why."""
-    torch.compiler.reset()  # a process may train many configurations; PyTorch recompiles a function a few times only
-    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < 250_000):
+def compile_or_eager(function: Callable, args: Args) -> Callable:
+    """`function` as one compiled graph if --compile asks for it and PyTorch can, else as it is."""
+    torch.compiler.reset()  # a process may train many configurations; each recompiles
+    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        print("not compiled: this PyTorch can't trace torch.autograd.grad")
+        say("not compiled: this PyTorch can't compile torch.autograd.grad")
         return function
     torch._dynamo.config.trace_autograd_ops = True
-    print("compiling: the first iteration takes up to half a minute", flush=True)
-    cuda_graphs = device.type == "cuda"
-    how = {"mode": "reduce-overhead"} if cuda_graphs else {"options": {"cpp_wrapper": device.type == "cpu"}}
+    cuda = args.torch_device.type == "cuda"
+    how = {"mode": "reduce-overhead"} if cuda else {"options": {"cpp_wrapper": True}}
     chosen = torch.compile(function, fullgraph=True, **how)
+    first = True
 
     def compiled(*inputs):
-        nonlocal chosen
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
+        nonlocal chosen, first
+        if first:
+            say("compiling: the first iteration takes up to half a minute")
+            first = False
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # the next call overwrites the outputs
         try:
-            return chosen(*inputs)
+            outputs = chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
-            print(f"not compiled: {str(error).splitlines()[0]}")
+            say(f"not compiled: {first_line(error)}")
             chosen = function
-            return function(*inputs)
+            outputs = function(*inputs)
+        return {name: x.clone() for name, x in outputs.items()} if cuda else outputs
 
     return compiled
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of --device. Raises InputError if it is not there."""
-    try:
-        return torch.zeros(1, device="cpu" if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).split(". ")[0].splitlines()[0]
-        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
+def require(condition: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
-def check_spaces(env: gym.Env, env_id: str) -> None:
-    """Raise InputError unless observations and actions are flat Boxes."""
-    for space, hint in (
-        (env.action_space, "for discrete actions use acer_discrete.py"),
-        (env.observation_space, "for images use ppo_atari.py, else the wrapper FlattenObservation"),
-    ):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
+def flag(name: str) -> str:
+    """The flag of a field of Args."""
+    return "--" + name.replace("_", "-")
 
 
-def check_args(args: Args) -> None:
-    """Raise InputError for values that can't be trained with."""
-    for names, holds, what in CHECKS:
-        for name in names.split():
+def check_args(args: Args) -> Args:
+    """A copy with plain Python values. Raises InputError for values that can't be trained with."""
+    args = replace(args, **plain(asdict(args)))
+    for field in fields(args):
+        name, value = flag(field.name), getattr(args, field.name)
+        storable = isinstance(value, str | int | float | tuple | list | dict | None)
+        require(storable, f"{name} {value!r} can't be stored in a checkpoint")
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            require(value in choices, f"{name} {value!r}: choose from {', '.join(choices)}")
+        if field.type in (int, float, int | float):
+            require(isinstance(value, int | float), f"{name} {value!r} must be a number")
+        if field.type in (int, int | float):
+            require(value % 1 == 0, f"{name} {value} must be a whole number")
+            setattr(args, field.name, int(value))
+        if isinstance(value, list):
+            setattr(args, field.name, tuple(value))
+    for *names, holds, what in RANGES:
+        for name in names:
             value = getattr(args, name)
-            if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
-                raise InputError(f"--{name.replace('_', '-')} {value} {what}")
-    if args.batch_size < 2:
-        raise InputError("num_envs x num_steps must be 2 or more")
-    if args.batch_size % args.num_minibatches:
-        raise InputError(f"--num-minibatches must divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        raise InputError(f"--total-timesteps is less than one batch, num_envs x num_steps = {args.batch_size}")
-    if args.resume and Path(args.resume).name != "checkpoint.pt":
-        raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
-    if args.evaluate and not args.eval_episodes:
-        raise InputError("--evaluate needs --eval-episodes of 1 or more")
+            values = value if isinstance(value, tuple) else [value]
+            good = value is None or all(holds(x) for x in values)
+            require(good, f"{flag(name)} {value} {what}")
+
+    size = f"num_envs x num_steps = {args.batch_size}"
+    require(args.batch_size >= 2, f"{size} must be 2 or more")
+    divides = args.batch_size % args.num_minibatches == 0
+    require(divides, f"--num-minibatches must divide {size}")
+    require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    if args.resume:
+        name = Path(args.resume).name
+        why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
+        require(name == "checkpoint.pt", why)
+    evaluates = args.eval_episodes > 0 or not args.evaluate
+    require(evaluates, "--evaluate needs --eval-episodes of 1 or more")
+    taken = any(getattr(args, name) == value for name, value in PAPER.items())
+    require(taken or not args.paper, "paper=True changes nothing in Python: write Args(**PAPER)")
+    check_algorithm_args(args)
+    try:
+        torch.zeros(1, device=args.torch_device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {args.device}: {first_line(error)}; try cpu") from error
+    with closing(
+        make_envs(args.env_id, 1, args.seed)
+    ):  # a wrong one is found before files are made
+        pass
     if args.video_dir:
+        args.video_dir = str(Path(args.video_dir).absolute())
         try:
-            make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
+            with closing(make_film_env(args.env_id, args.seed)) as envs:
+                envs.envs[0].render()
         except InputError:
             raise
         except Exception as error:  # every renderer raises types of its own
+            why = f"{type(error).__name__}: {first_line(error)}"
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
             raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
+    return args
 
 
-def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise FloatingPointError if one of the tensors holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in {name}, in the iteration after step {step:,}")
+def check_algorithm_args(args: Args) -> None:
+    """Raise InputError for flags that contradict each other."""
+    if args.log_std_final is not None:
+        why = "--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None"
+        require(args.ent_coef == 0, why)
+    if args.surrogate == "kl-adaptive":
+        why = "--surrogate kl-adaptive needs a constant step size"
+        constant = not args.anneal_lr and args.return_floor == 0
+        require(constant, f"{why}: add --no-anneal-lr --return-floor 0")
+        require(args.kl_coef > 0, "--kl-coef 0 stays 0 with --surrogate kl-adaptive: raise it")
+
+
+def check_resume(args: Args, saved: dict) -> None:
+    """Raise InputError if args differ from a checkpoint's where they can't change."""
+    for name in FIXED_ON_RESUME:
+        value = getattr(args, name)
+        same = value == saved[name]
+        require(same, f"{flag(name)} {value}: the checkpoint has {saved[name]}, which can't change")
+
+
+def cli(default: Args) -> Args:
+    """Read the command line. Flags that are not given have the values of `default`."""
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "algorithm": AlgorithmArgs}
+    defaults = {}
+    for name, group in groups.items():
+        defaults[name] = group(**{f.name: getattr(default, f.name) for f in fields(group)})
+    flags = make_dataclass("Flags", groups.items())
+    config = (tyro.conf.OmitArgPrefixes,)
+    description = __doc__.splitlines()[0]
+    given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
+    return Args(**{k: v for name in groups for k, v in vars(getattr(given, name)).items()})
 
 
 def parse_args() -> Args:
-    """Command line -> Args; --resume and --evaluate take the checkpoint's arguments as defaults."""
-    cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
-    args = cli()
-    if args.resume and (args.evaluate or args.run_dir):
-        raise InputError("--resume goes on in the checkpoint's own folder: leave out --evaluate and --run-dir")
-    if not (args.resume or args.evaluate):
-        return args
-    saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
+    """Args of the command line; --resume and --evaluate start from the checkpoint's."""
+    args = cli(Args())
+    path = args.resume or args.evaluate
+    if not path:
+        return cli(Args(**PAPER, paper=True)) if args.paper else args
+    require(not args.paper, "--paper: a checkpoint has its own settings, leave it out")
+    if args.resume:
+        why = "--resume continues in the checkpoint's folder: leave out --evaluate and --run-dir"
+        require(not args.evaluate and not args.run_dir, why)
+    saved = Args(**load_checkpoint(path)["args"])
     episodes = saved.eval_episodes or (Args.eval_episodes if args.evaluate else 0)
-    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
+    own = {"resume": None, "run_dir": None, "video_dir": None, "eval_episodes": episodes}
+    return cli(replace(saved, **own))
+
+
+def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
+    """--evaluate: print the scores of a checkpoint, and film it if --video-dir asks for it."""
+    args = check_args(args)
+    policy = load_policy(args.evaluate)
+    with closing(make_envs(args.env_id, 1, args.seed)) as envs:
+        fits = policy.obs_stats.mean.shape == envs.obs.shape[1:]
+        fits = fits and policy.action_map.low.shape == envs.action_space.shape
+        require(fits, f"--env-id {args.env_id} has other sizes than the policy of {args.evaluate}")
+    evaluate_policy(policy, args, signals)
+    if args.video_dir:
+        film(policy, args, signals)
 
 
 def main() -> int:
-    """Run the command line; -> the exit code."""
+    """Run the command line. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    signals = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores one
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        for n in caught:
+            signal.signal(n, signal.SIG_DFL)
+        with suppress(OSError):
+            os.write(2, b"\nstopping as soon as all is saved; once more kills\n")
+
+    for n in caught:
+        signal.signal(n, stop)
     try:
         args = parse_args()
-        if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        if not args.evaluate:
-            return 128 + signum if (signum := train(args)["signal"]) else 0
-        check_args(args)
-        saved = load_checkpoint(args.evaluate, args, FIXED_ON_EVALUATION)
-        env = make_envs(args.env_id, 1, args.seed).envs[0]
-        policy = Policy(env.observation_space.shape, env.action_space, args).to(pick_device(args.device))
-        try:
-            policy.load_state_dict(saved["policy"])
-        except RuntimeError as error:
-            raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
-        print_evaluation(evaluate_policy(policy, args))
-        return 0
+        if args.evaluate:
+            evaluate_checkpoint(args, signals)
+        else:
+            train(args, signals)
     except InputError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", file=sys.stderr)
+        say(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        pass
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads: give what is left to nobody, or Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signals[0] if signals else 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and FILE:
     sys.exit(main())
