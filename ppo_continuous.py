@@ -681,7 +681,8 @@ class Envs:
         for i, env in enumerate(self.envs):
             result = env.step(actions[i])
             try:
-                obs, rewards[i], terminated[i], truncated[i], _ = result
+                obs, reward, terminated[i], truncated[i], _ = result
+                rewards[i] = float(reward)
                 next_obs[i] = same_shape(obs, next_obs[i])
             except (TypeError, ValueError) as error:
                 raise self.mistake(i, result) from error
@@ -756,6 +757,8 @@ def make_envs(
         mujoco.set_mju_user_warning(
             lambda text: None if "settotalmass" in text else print(text, file=sys.stderr)
         )
+    if env_id.count(":") > 1:
+        raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     envs = []
     try:
         for _ in range(num_envs):

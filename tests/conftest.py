@@ -138,9 +138,8 @@ class Toy(gym.Env):
     def __init__(self, step=None, reset=None, make=None, action_space=None, dtype=np.float64):
         type(self).made += 1
         self.own_step, self.own_reset, self.count = step, reset, 0
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), dtype)
-        if dtype in (np.uint8, np.int32):
-            self.observation_space = gym.spaces.Box(0, 200, (2,), dtype)
+        low, high = (0, 200) if dtype in (np.uint8, np.int32) else (-np.inf, np.inf)
+        self.observation_space = gym.spaces.Box(low, high, (2,), dtype)
         if action_space is not None:
             self.action_space = action_space
         if make is not None:
