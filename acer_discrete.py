@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
 #                 "tensorboard==2.21.0", "tqdm==4.70.1", "pygame==2.6.1"]
 # ///

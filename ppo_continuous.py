@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0",
-#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "imageio==2.38.1",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
 # ]
 # ///
 """Proximal policy optimization (PPO) for continuous actions, in one file.
@@ -145,6 +145,11 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
     @property
     def num_iterations(self) -> int:
         return int(self.total_timesteps // self.batch_size)
+
+    @property
+    def num_timesteps(self) -> int:
+        """total_timesteps in whole iterations."""
+        return self.num_iterations * self.batch_size
 
     @property
     def torch_device(self) -> torch.device:
@@ -424,7 +429,8 @@ class Adam(nn.Module):
         v ← β₂ v + (1 - β₂) g²
         θ ← θ - α m̂ / (√v̂ + ε)  with  m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
         """
-        beta1, beta2 = 0.9, 0.999
+        beta1 = 0.9
+        beta2 = 0.999
         self.beta1_t *= beta1
         self.beta2_t *= beta2
         self.m.lerp_(grad, 1 - beta1)
@@ -445,7 +451,8 @@ def minibatch_step(
     The gradient of each network is clipped by its own norm.
     """
     loss, metrics = ppo_loss(policy, critic, batch, beta, args)
-    policy_params, critic_params = list(policy.parameters()), list(critic.parameters())
+    policy_params = list(policy.parameters())
+    critic_params = list(critic.parameters())
     grads = torch.autograd.grad(loss, policy_params + critic_params)
     n = len(policy_params)
     policy_grad, policy_grad_norm = clip_global_norm(grads[:n], args.max_grad_norm)
@@ -547,6 +554,7 @@ def update(
         metrics[name] = torch.stack([step_metrics[name] for step_metrics in history]).mean().item()
     with torch.no_grad():
         kl = gaussian_kl(mean_old, log_std_old, *policy.distribution(rollout.obs)).mean()
+    metrics["learning_rate"] = adam.lr.item()
     metrics["kl"] = kl.item()
     metrics["explained_variance"] = explained_variance.item()
     metrics["action_std"] = log_std_old.exp().mean().item()
@@ -597,10 +605,13 @@ class ActionMap:
     """
 
     def __init__(self, space: gym.spaces.Box):
-        self.low, self.high = space.low, space.high  # (A,) each
-        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
+        self.low = space.low  # (A,)
+        self.high = space.high  # (A,)
+        low = self.low.astype(np.float64)
+        high = self.high.astype(np.float64)
         bounded = (np.abs(low) < HUGE) & (np.abs(high) < HUGE)
-        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        low = np.where(bounded, low, -1)
+        high = np.where(bounded, high, 1)
         self.center = (high + low) / 2
         self.half_range = (high - low) / 2
 
@@ -626,9 +637,9 @@ def plain(value: object) -> object:
 class Envs:
     """N Gymnasium environments, stepped one after another.
 
-    `obs` (N, O) is what to act on next. `episodes` collects (return, length) of the episodes that
-    end, from raw rewards. `rng_states[i]` is the random state of environment i before its last
-    reset. A resumed run starts from these states, so it repeats these resets.
+    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
+    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
+    last reset. A resumed run starts from these states, so it repeats these resets.
     """
 
     def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
@@ -642,7 +653,7 @@ class Envs:
             "action_high": self.action_space.high.tolist(),
             "action_dtype": str(self.action_space.dtype),
         }
-        self.episodes = []
+        self.episodes = deque(maxlen=100)
         self.returns = np.zeros(len(envs))
         self.lengths = np.zeros(len(envs), int)
         self.rng_states = rng_states or [None] * len(envs)
@@ -722,7 +733,8 @@ def close_all(envs: list[gym.Env]) -> None:
 
 def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations and actions are flat Boxes, and actions floats."""
-    obs, actions = env.observation_space, env.action_space
+    obs = env.observation_space
+    actions = env.action_space
     flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
     if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
@@ -730,7 +742,8 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     space = actions if flat_obs else obs
     images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
     if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
-        space, hint = actions, "acer_discrete.py takes discrete actions"
+        space = actions
+        hint = "acer_discrete.py takes discrete actions"
         if actions.start != 0:
             hint += " from 0: shift them with the wrapper TransformAction"
     elif flat_actions and not flat_obs:
@@ -895,7 +908,6 @@ def ppo(
     FloatingPointError for NaN or infinity.
     """
     state = {} if state is None else state
-    device = args.torch_device
     torch.manual_seed(stream_seed(args.seed, "weights"))
     rngs = {}
     for name in ("exploration", "minibatches"):
@@ -903,10 +915,10 @@ def ppo(
     env_seed = stream_seed(args.seed, "environments")
     envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"))
     with closing(envs):
-        policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(device)
-        critic = Critic(envs.obs.shape[1:], args).to(device)
+        policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(args.torch_device)
+        critic = Critic(envs.obs.shape[1:], args).to(args.torch_device)
         params = [*policy.parameters(), *critic.parameters()]
-        adam = Adam(sum(param.numel() for param in params)).to(device)
+        adam = Adam(sum(param.numel() for param in params)).to(args.torch_device)
         modules = {"policy": policy, "critic": critic, "adam": adam}
         if state:
             for name, module in modules.items():
@@ -915,14 +927,13 @@ def ppo(
                 rng.set_state(state[name])
         step = state.get("step", 0)
         beta = state.get("beta", args.kl_coef)
-        episodes = deque(state.get("episodes", ()), maxlen=100)  # (return, length) of the last
+        envs.episodes.extend(state.get("episodes", ()))
         carry = torch.zeros(args.num_envs, dtype=torch.float64)  # of the discounted returns
         train_step = compile_step(minibatch_step)
-        total = args.num_iterations * args.batch_size
 
-        while step < total:
+        while step < args.num_timesteps:
             iteration = step // args.batch_size + 1
-            fraction = step / total
+            fraction = step / args.num_timesteps
             policy.anneal(fraction)
             adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1))
             gamma_final = args.gamma if args.gamma_final is None else args.gamma_final
@@ -944,16 +955,13 @@ def ppo(
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
 
             step += args.batch_size
-            episodes.extend(envs.episodes)
-            envs.episodes.clear()
             state |= {name: module.state_dict() for name, module in modules.items()}
             state |= {name: rng.get_state() for name, rng in rngs.items()}
-            state |= {"step": step, "beta": beta, "episodes": list(episodes)}
+            state |= {"step": step, "beta": beta, "episodes": list(envs.episodes)}
             state |= {"env_rng_states": list(envs.rng_states), "spaces": envs.spaces}
             yield {
-                "episodic_return": mean_of(episodes, 0),
-                "episodic_length": mean_of(episodes, 1),
-                "learning_rate": adam.lr.item(),
+                "episodic_return": mean_of(envs.episodes, 0),
+                "episodic_length": mean_of(envs.episodes, 1),
                 "gamma": gamma,
                 "kl_coef": beta,
                 **metrics,
@@ -1132,25 +1140,30 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
     path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
     act = interruptible(policy.act, signals)
     try:
-        import imageio
+        from PIL import Image
+        from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(make_film_env(args.env_id, args.seed)) as envs:
+        with closing(make_film_env(args.env_id, args.seed)) as envs, path.open("wb") as file:
             env = envs.envs[0]
             fps = env.metadata.get("render_fps") or 30
             stride = max(1, round(fps / 25))  # steps a frame
-            options = {"format": "GIF-PIL", "mode": "I", "duration": stride / fps, "loop": 0}
-            with imageio.get_writer(path, **options) as gif:
-                steps = range(LONGEST_FILM * stride)
-                for step in tqdm(iter(steps), "film", unit="step", leave=False, disable=None):
-                    if step % stride == 0:
-                        gif.append_data(env.render())
-                    _, _, terminated, truncated = envs.step(act(envs.obs))
-                    if terminated[0] or truncated[0]:
-                        break
+            milliseconds = round(1000 * stride / fps)
+            steps = range(LONGEST_FILM * stride)
+            for step in tqdm(iter(steps), "film", unit="step", leave=False, disable=None):
+                if step % stride == 0:
+                    image = Image.fromarray(env.render()).quantize()
+                    if step == 0:
+                        file.writelines(getheader(image, info={"loop": 0})[0])
+                    frame = getdata(image, duration=milliseconds, include_color_table=True)
+                    file.writelines(frame)
+                _, _, terminated, truncated = envs.step(act(envs.obs))
+                if terminated[0] or truncated[0]:
+                    break
+            file.write(b";")  # the end of a GIF
         say(f"film {path}")
-    except Exception as error:  # every renderer and encoder raises types of its own
-        say(f"no film {path}: {type(error).__name__} {first_line(error)}")
+    except Exception as error:  # every renderer raises types of its own
+        say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -1171,7 +1184,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
     """Write checkpoint.pt, and return its path. A crash leaves the old file or the new one."""
-    new, path = Path(run_dir, "checkpoint.tmp"), Path(run_dir, "checkpoint.pt")
+    new = Path(run_dir, "checkpoint.tmp")
+    path = Path(run_dir, "checkpoint.pt")
     torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
     load_checkpoint(str(new))  # never replace a good file by one that can't be read
     os.replace(new, path)
@@ -1209,7 +1223,8 @@ def load_policy(path: str) -> Policy:
     saved = load_checkpoint(path)
     spaces = saved["spaces"]
     dtype = np.dtype(spaces["action_dtype"])
-    low, high = np.array(spaces["action_low"], dtype), np.array(spaces["action_high"], dtype)
+    low = np.array(spaces["action_low"], dtype)
+    high = np.array(spaces["action_high"], dtype)
     action_space = gym.spaces.Box(low, high, dtype=dtype)
     policy = Policy(tuple(spaces["obs_shape"]), action_space, Args(**saved["args"]))
     policy.load_state_dict(saved["policy"])
@@ -1253,7 +1268,7 @@ class Log:
         name = f"config-{step}.json" if args.resume else "config.json"
         write_json(self.run_dir / name, config)
 
-        self.total = args.num_iterations * args.batch_size
+        self.total = args.num_timesteps
         if step < self.total:
             (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
         path = self.run_dir / "progress.csv"
@@ -1290,12 +1305,15 @@ class Log:
         if self.bar is None:  # not before: other lines may be printed during the first iteration
             options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
             self.bar = tqdm(initial=self.step, total=self.total, disable=None, **options)
-        self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
+        self.step = step
+        self.last += elapsed
+        self.seconds += elapsed
         try:
             self.write(step, metrics)
         except OSError as error:  # a full disk must not end the run
             say(f"this iteration is not logged: {error}")
-        mean_return, kl = f"{metrics['episodic_return']:.1f}", f"{metrics['approx_kl']:.4f}"
+        mean_return = f"{metrics['episodic_return']:.1f}"
+        kl = f"{metrics['approx_kl']:.4f}"
         self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
         self.bar.update(step - self.bar.n)
         terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -1389,7 +1407,8 @@ def check_args(args: Args) -> Args:
     """A copy with plain Python values. Raises InputError for values that can't be trained with."""
     args = replace(args, **plain(asdict(args)))
     for field in fields(args):
-        name, value = flag(field.name), getattr(args, field.name)
+        name = flag(field.name)
+        value = getattr(args, field.name)
         storable = isinstance(value, str | int | float | tuple | list | dict | None)
         require(storable, f"{name} {value!r} can't be stored in a checkpoint")
         if get_origin(field.type) is Literal:

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_continuous import fingerprint
+from conftest import fingerprint
 
 import acer_discrete as acer
 from acer_discrete import Args, train

@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -242,7 +243,7 @@ STATE_DEPENDENT_SIGMA = (
 def test_a_sigma_that_depends_on_the_state_is_a_patch_of_policy_alone(
     script, tmp_path, log_std_final
 ):
-    source = open(script.__file__, encoding="utf-8").read()
+    source = Path(script.__file__).read_text(encoding="utf-8")
     start, end = source.index("class Policy("), source.index("class Critic(")
     policy = source[start:end]
     for old, new in STATE_DEPENDENT_SIGMA:

@@ -1,6 +1,6 @@
 """ppo_atari.py: its equations, ALE's games as the paper has them, its data flow, and that it learns.
 
-What it shares with ppo_continuous.py, byte for byte, is tested there.
+What it shares with the other scripts is tested in test_first_edition.py.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_continuous import fingerprint
+from conftest import fingerprint
 
 import ppo_atari as ppo
 from ppo_atari import Args, train

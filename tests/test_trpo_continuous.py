@@ -1,6 +1,6 @@
 """trpo_continuous.py: its equations against independent definitions, its data flow, and that it learns.
 
-What it shares with ppo_continuous.py, byte for byte, is tested there.
+What it shares with the other scripts is tested in test_first_edition.py.
 """
 
 import copy
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_continuous import SMALL, make_parts
+from test_first_edition import SMALL, make_parts
 
 import trpo_continuous as trpo
 from trpo_continuous import Args, train
