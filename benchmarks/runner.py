@@ -192,7 +192,7 @@ def budget(job: Job) -> int:
     flags = job.entry.flags.replace("_", "").split()
     if "--total-timesteps" in flags:
         return int(flags[flags.index("--total-timesteps") + 1])
-    match = re.search(r"total_timesteps: int = ([\d_]+)", job.script.read_text())
+    match = re.search(r"total_timesteps: int(?: \| float)? = ([\d_]+)", job.script.read_text())
     return int(match[1])
 
 

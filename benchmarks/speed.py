@@ -2,6 +2,7 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/speed.py --script ppo_continuous --task HalfCheetah-v5 --repetitions 5
+    python benchmarks/speed.py --script ppo_continuous --against 5d3cfc1     (the script of that commit is the peer)
 
 The peer is Stable-Baselines3's PPO, or sb3-contrib's TRPO, with its default flags; for Atari with the flags that are
 ppo_atari.py's defaults. No other ACER runs on these versions: acer_discrete.py's peer is ppo_atari.py. Each repetition
@@ -56,7 +57,7 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
         "not compiled": "--replay-start 1 --compile off",
     },
 }
-PARTS = {"Envs.step", "AtariEnvs.step", "Policy.act", "advantages", "fisher_operator", "conjugate_gradient"}
+PARTS = {"Envs.step", "AtariEnvs.step", "Policy.act", "Policy.sample", "Policy.to_env", "advantages", "fisher_operator", "conjugate_gradient"}
 PARTS |= {"line_search", "policy_step", "update", "Replay.batch", "Replay.add"}
 
 
@@ -66,6 +67,7 @@ class Args:
     task: str | None = None  # Gymnasium id; default HalfCheetah-v5 or ALE/Breakout-v5
     steps: int | None = None  # training steps of each run; default 40,960 for MuJoCo, 10,240 for Atari
     repetitions: int = 5  # runs of each contestant
+    against: str | None = None  # commit whose version of the script is compared with today's, both with default flags
     out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<script>__<task>.csv
     one: str | None = None  # run this contestant once in this process (what the script does to itself)
 
@@ -123,8 +125,14 @@ def timed(function, spent: list[float]):
 
 def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
     """Train a script; -> the times at which its iterations ended, steps in each, seconds in PARTS between them."""
-    sys.path.insert(0, str(ROOT))
-    script, own = (args.one, "") if args.one in ATARI else (args.script, CONTESTANTS[args.script][args.one])
+    script, own, folder = args.script, CONTESTANTS[args.script].get(args.one, ""), ROOT
+    if args.one in ATARI:
+        script = args.one
+    if args.one == args.against:
+        folder = Path(tempfile.mkdtemp())
+        show = ["git", "show", f"{args.against}:{script}.py"]
+        (folder / f"{script}.py").write_bytes(subprocess.run(show, cwd=ROOT, capture_output=True, check=True).stdout)
+    sys.path.insert(0, str(folder))
     module = __import__(script)
     times, spent = [], defaultdict(list)
     for part in PARTS:
@@ -211,7 +219,8 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
             f"| {runs[0]['start_up_s']:.1f} / {warm:.1f} | {max(r['peak_mb'] for r in runs):.0f} |"
         )
     share = {part: statistics.median(r["parts"][part] for r in results[first]) for part in results[first][0]["parts"]}
-    parts = {"environment": share.get("Envs.step") or share["AtariEnvs.step"], "acting": share["Policy.act"]}
+    acting = sum(share.get(part, 0) for part in ("Policy.act", "Policy.sample", "Policy.to_env"))
+    parts = {"environment": share.get("Envs.step") or share["AtariEnvs.step"], "acting": acting}
     if "policy_step" in share:
         parts["conjugate gradients"] = share["fisher_operator"] + share["conjugate_gradient"]
         parts["line search"] = share["line_search"]
@@ -229,9 +238,13 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
 
 
 def main(args: Args) -> None:
-    out = args.out or ROOT / "benchmarks" / "results" / "speed" / f"{args.script}__{Path(args.task).name}.csv"
+    name = f"{args.script}__{Path(args.task).name}"
+    folder = ROOT / "benchmarks" / "results" / "speed" / ("editions" if args.against else "")
+    out = args.out or folder / f"{name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     names = [PEERS[args.script], *CONTESTANTS[args.script]]
+    if args.against:
+        names = [args.against, "default"]
     results = {name: [] for name in names}
     with out.open("w") as file, tempfile.TemporaryDirectory() as cache:
         file.write("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n")
@@ -240,6 +253,7 @@ def main(args: Args) -> None:
             for name in names[first:] + names[:first]:
                 command = [sys.executable, __file__, "--script", args.script, "--task", args.task]
                 command += ["--steps", str(args.steps), "--one", name]
+                command += ["--against", args.against] if args.against else []
                 threads = os.cpu_count() if args.script in ATARI else 1
                 environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": str(threads)}
                 environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name.replace(' ', '_')}"  # g++ can't have spaces

@@ -25,6 +25,9 @@ SMALL = {
     "compile": "off",
     "eval_episodes": 0,
 }
+if os.name != "posix":  # they need POSIX signals and file locks
+    collect_ignore = ["test_first_edition.py", "test_trpo_continuous.py", "test_benchmarks.py"]
+    collect_ignore += ["test_ppo_atari.py", "test_acer_discrete.py"]
 EVERY_SIGNAL = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 each_continuous = pytest.mark.parametrize("script", CONTINUOUS, ids=lambda s: s.ALGORITHM)

@@ -780,7 +780,8 @@ def test_the_file_pasted_into_a_notebook(script, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     cell = {"__name__": name}
-    exec(compile(Path(script.__file__).read_text(), "<cell>", "exec"), cell)
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    exec(compile(source, "<cell>", "exec"), cell)
     result = cell["train"](cell["Args"](**SMALL, total_timesteps=128))
     assert Path(result["checkpoint"]).exists()
     assert f"__{script.ALGORITHM}__" in Path(result["run_dir"]).name
@@ -862,6 +863,7 @@ def test_a_kill_leaves_a_checkpoint_that_resumes(tmp_path):
     assert steps == list(range(2048, step + 4097, 2048))
 
 
+@POSIX
 def test_main_stops_for_a_signal_during_the_evaluation(tmp_path, monkeypatch, command):
     evaluate = ppo.evaluate
 
@@ -877,6 +879,7 @@ def test_main_stops_for_a_signal_during_the_evaluation(tmp_path, monkeypatch, co
     assert not (tmp_path / "run" / "eval.json").exists()
 
 
+@POSIX
 def test_a_signal_is_taken_though_nobody_reads_stderr(tmp_path, monkeypatch, command):
     def broken(*_):
         raise BrokenPipeError

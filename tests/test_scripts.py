@@ -53,7 +53,7 @@ each_first = pytest.mark.parametrize("path", FIRST_EDITION, ids=lambda path: pat
 
 def top_level(path):
     """{name: node} of the functions and classes at the top level."""
-    nodes = ast.parse(path.read_text()).body
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
     kinds = (ast.FunctionDef, ast.ClassDef)
     return {node.name: node for node in nodes if isinstance(node, kinds)}
 
@@ -69,13 +69,13 @@ def without_docstrings(node):
 
 
 def halves(path):
-    upper, lower = path.read_text().split(BANNER)
+    upper, lower = path.read_text(encoding="utf-8").split(BANNER)
     return upper, lower
 
 
 def equation_map(path):
     """Names of the functions in the equation map."""
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     table = re.search(r"Equation map.*?\n((?: {4}.*\n)+)", docstring)[1]
     cells = [re.split(r" {2,}", line.strip())[1] for line in table.splitlines()]
     names = {name for cell in cells for name in cell.split(", ")}
@@ -147,7 +147,7 @@ assert "torch.utils.tensorboard" not in sys.modules and "mujoco" not in sys.modu
 @every_script
 def test_imports_nothing_of_the_project(path):
     names = {p.stem for p in SCRIPTS + FIRST_EDITION} | {"tests", "benchmarks"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             assert not names & {module.split(".")[0] for module in modules}
@@ -155,21 +155,25 @@ def test_imports_nothing_of_the_project(path):
 
 @every_script
 def test_inline_metadata_agrees_with_requirements(path):
-    block = re.search(r"^# /// script\n(.*?)^# ///$", path.read_text(), re.MULTILINE | re.DOTALL)[1]
+    block = re.search(
+        r"^# /// script\n(.*?)^# ///$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )[1]
     inline = set(re.findall(r'"([\w\[\]-]+==[\d.]+)"', block))
-    assert len(inline) >= 5 and inline <= set((ROOT / "requirements.txt").read_text().splitlines())
+    assert len(inline) >= 5 and inline <= set(
+        (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    )
     assert 'requires-python = ">=3.11"' in block
 
 
 @each_script
 def test_inline_metadata_names_every_package_that_is_imported(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     packages = {{"PIL": "pillow"}.get(name, name) for name in packages}
-    block = path.read_text().partition("# ///\n")[0]
+    block = path.read_text(encoding="utf-8").partition("# ///\n")[0]
     declared = set(re.findall(r'"([a-z]+)(?:\[\w+\])?==', block))
     assert packages <= declared and declared - packages <= {"tensorboard"}
 
@@ -179,7 +183,7 @@ def test_inline_metadata_names_every_package_that_is_imported(path):
 
 @each_script
 def test_headings_are_in_order(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     headings = [line for line in text.splitlines() if re.match(r"# ?[-=]{3,}", line)]
     expected = [f"# ---- {name} ".ljust(100, "-") for name in HEADINGS] + [f"# {'=' * 98}"] * 2
     assert headings == expected
@@ -205,7 +209,7 @@ steps = [state["step"] for _ in {module.GENERATOR.__name__}(args, state)]
 @each_script
 def test_plainness(path, capsys):
     """Nothing below is a matter of taste alone: each makes a line that has to be read twice."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     upper, lower = halves(path)
     tree = ast.parse(text)
     nodes = list(ast.walk(tree))
@@ -229,7 +233,8 @@ def test_plainness(path, capsys):
     for node in ast.parse(lower).body:
         if isinstance(node, ast.Assign):
             below |= {name.id for name in node.targets if isinstance(name, ast.Name)}
-    used = {node.id for node in ast.walk(ast.parse(upper)) if isinstance(node, ast.Name)}
+    names = [node for node in ast.walk(ast.parse(upper)) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     flags = len(dataclasses.fields(importlib.import_module(path.stem).Args))
     with capsys.disabled():
         sizes = [
@@ -242,7 +247,7 @@ def test_plainness(path, capsys):
 
 @each_script
 def test_an_equation_stands_near_its_use(path):
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     nodes = top_level(path)
     distances = {}
     for name in equation_map(path):
@@ -265,12 +270,14 @@ def test_an_equation_stands_near_its_use(path):
 def test_equation_map_names_every_equation_and_each_has_a_test(path):
     mapped = equation_map(path)
     section = re.search(
-        r"^# ---- Equations -+\n(.*?)^# (?:----|====)", path.read_text(), re.MULTILINE | re.DOTALL
+        r"^# ---- Equations -+\n(.*?)^# (?:----|====)",
+        path.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )[1]
     body = ast.parse(section).body
     equations = {node.name for node in body if isinstance(node, ast.FunctionDef)}
     assert equations and equations <= mapped <= set(top_level(path))
-    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
     for name in mapped - {"train"}:
         assert f".{name}" in tests, name
 
@@ -338,7 +345,7 @@ def test_same_name_means_same_code():
 
 
 def readme():
-    return (ROOT / "README.md").read_text()
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_commands_use_flags_that_exist():
@@ -351,9 +358,14 @@ def test_readme_commands_use_flags_that_exist():
 
 
 def test_workflow_runs_the_test_command_of_the_readme():
-    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert "python -m pytest -q" in workflow and "python -m pytest -q" in readme()
-    assert Path(ROOT / ".ci" / "run").read_text().strip().endswith("python -m pytest -q")
+    assert (
+        Path(ROOT / ".ci" / "run")
+        .read_text(encoding="utf-8")
+        .strip()
+        .endswith("python -m pytest -q")
+    )
     for version in ("3.11", "3.12", "3.13"):
         assert f'"{version}"' in workflow
     for system in ("ubuntu-latest", "macos-latest", "windows-latest"):
