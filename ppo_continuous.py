@@ -24,30 +24,36 @@ From Python: train(Args(env_id="Hopper-v5")), load_policy("runs/<run>/checkpoint
 
 Equation map
     equation                       function                  symbol
-    GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
-    PPO section 4                  adapt_kl_coef             β
-    PPO eq. 9                      value_loss                L^VF
-    Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
+    PPO section 3                  ppo_loss                  r_t(θ)
     PPO eq. 6                      importance_surrogate      L^CPI
-    PPO eq. 8                      kl_penalized_surrogate    L^KLPEN
     PPO eq. 7                      clipped_surrogate         L^CLIP
-    TRPO appendix D                gaussian_logp             log π(a|s)
-    PPO eq. 9                      gaussian_entropy          S[π]
+    PPO eq. 8                      kl_penalized_surrogate    L^KLPEN
     PPO eq. 8                      gaussian_kl               KL[π_old, π]
+    PPO section 4                  adapt_kl_coef             β
     PPO eq. 9                      ppo_loss                  L^CLIP - c1 L^VF + c2 S
+    PPO eq. 9                      value_loss                L^VF
+    PPO eq. 9                      gaussian_entropy          S[π]
+    PPO eqs. 11-12, GAE eq. 16     gae                       Â_t, δ_t
+    PPO Algorithm 1                ppo, update               N actors, T steps, K epochs
+    GAE footnote 2                 advantages                V^targ
+    TRPO appendix D                gaussian_logp             log π(a|s)
+    Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
+    Engstrom section 3, item 2     rolling_discounted_sums   R_t, whose std divides the rewards
     Engstrom section 3, item 9     clip_global_norm          gradient clipping
     Kingma Algorithm 1             Adam                      m, v, θ
-    Engstrom section 3, item 2     discounted_returns        R_t, whose std scales the rewards
-    PPO Algorithm 1                ppo, update               N actors, T steps, K epochs
 
 Departures from the PPO paper that no flag reverts (PAPER below lists the others)
-    When a time limit ends an episode, V(final observation) completes its return (Pardo eq. 6).
-    Samples are clipped to [-1, 1] and scaled to the bounds of the environment's actions.
-    Policy and value network share nothing, so c1 of PPO eq. 9 has no effect. It is left out.
-    Adam's ε is 1e-5.
+    When a time limit ends an episode, γ V(final observation) is added to its last reward
+    (Pardo eq. 6).
+    Actions are clipped to [-1, 1] and scaled to the bounds of the environment. log π(a|s) is that
+    of the action before clipping.
+    The networks share no weights, and Adam and gradient clipping by network nearly cancel a factor
+    of L^VF. So c1 of PPO eq. 9 is left out: c1 = 1.
+    The adaptive β stays in [1e-8, 1e8].
+    Adam's ε is 1e-5. The paper names none, Kingma's is 1e-8.
 
-A resumed run restarts unfinished episodes. It repeats the uninterrupted run bit for bit where
-episodes end with the iteration.
+A resumed run restarts unfinished episodes. If every episode ends at the end of an iteration, it
+equals the uninterrupted run bit for bit.
 """
 
 import csv
@@ -79,19 +85,22 @@ from tqdm import tqdm
 @dataclass
 class RunArgs:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for an environment of your own
-    seed: int = 1  # seed of everything random
-    # environment steps, for example 1_000_000 or 1e6; rounded down to whole iterations
+    seed: int = 1  # seed of all random numbers
+    # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
+    # a larger value stretches the schedules
     total_timesteps: int | float = 1_000_000
-    paper: bool = False  # use the settings of the PPO paper; other flags override them
+    paper: bool = False  # use the settings of the PPO paper, where no other flag is given
     # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
     run_dir: str | None = None
-    # continue from this checkpoint.pt with its flags; flags you give override them
+    # continue from this checkpoint.pt with its flags. Flags you give override them
     resume: str | None = None
     evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
-    eval_episodes: int = 10  # evaluation episodes, deterministic and sampled each; 0: none
-    video_dir: str | None = None  # folder for a GIF of one deterministic episode
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, the networks are small
-    # compile the minibatch step with torch.compile; auto: from 250,000 steps on
+    # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
+    eval_episodes: int = 10
+    video_dir: str | None = None  # folder for a GIF of one episode with mean actions
+    # auto, cpu, cuda, cuda:1 or mps. auto is cpu, because the networks are small
+    device: str = "auto"
+    # compile the minibatch step with torch.compile. auto compiles runs of 250,000 steps or more
     compile: Literal["auto", "on", "off"] = "auto"
 
 
@@ -100,7 +109,7 @@ class EnvironmentArgs:
     num_envs: int = 16  # N, number of environments, stepped one after another
     # normalize observations by their running mean and std, and clip them to ±10
     norm_obs: bool = True
-    # divide rewards by the running std of the discounted return, and clip them to ±10
+    # divide rewards by the running std of their rolling discounted sum, and clip them to ±10
     norm_reward: bool = True
 
 
@@ -108,35 +117,35 @@ class EnvironmentArgs:
 class AlgorithmArgs:
     num_steps: int = 128  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
-    num_minibatches: int = 32  # minibatches per epoch, each of M = N x T / this samples
+    num_minibatches: int = 32  # minibatches per epoch, each of M = N x T / num_minibatches samples
     learning_rate: float = 2e-4  # α, step size of Adam, for both networks
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    # with --norm-reward: where std[Â + V] is below this, shrink α by their ratio squared; 0: never
+    # multiply α by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
     return_floor: float = 0.02
-    gamma: float = 0.99  # γ, the discount factor; Swimmer-v5 needs 0.9999
-    gamma_final: float | None = None  # anneal γ linearly to this; None: γ is constant
-    gae_lambda: float = 0.9  # λ of GAE eq. 16; 0: one-step TD, 1: Monte Carlo
-    norm_adv: bool = False  # standardize the advantages of each batch
+    gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
+    gamma_final: float | None = None  # anneal γ linearly to this. None: γ is constant
+    gae_lambda: float = 0.9  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
+    norm_adv: bool = False  # standardize the advantages over the whole batch
     recompute_advantages: bool = True  # recompute advantages and value targets before each epoch
-    # PPO eq. 7, eq. 8 with adaptive β, eq. 8 with fixed β, eq. 6
+    # clip: PPO eq. 7. kl-adaptive, kl-fixed: PPO eq. 8. none: PPO eq. 6
     surrogate: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"
-    clip_coef: float = 0.2  # ε of PPO eq. 7
-    kl_coef: float = 1.0  # β of PPO eq. 8: the fixed one, or the first adaptive one
+    clip_coef: float = 0.2  # ε of PPO eq. 7 and of clip_vloss
+    kl_coef: float = 1.0  # β of PPO eq. 8. kl-adaptive starts from it
     kl_target: float = 0.01  # d_targ of the adaptive β (PPO section 4)
-    clip_vloss: bool = False  # clip V to ±ε around its old value; not in the paper
+    clip_vloss: bool = False  # clip V to ±ε around its old value. Not in the paper
     ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus
-    max_grad_norm: float = 0.5  # largest gradient norm of each network; inf: no clipping
+    max_grad_norm: float = 0.5  # largest gradient norm of each network. inf: no clipping
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of each network
-    # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's default
+    # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True
     log_std_init: float = -1.0  # log σ at the start
-    # log σ at the end; σ is annealed linearly. None: σ is learned, from log_std_init
+    # log σ at the end. σ goes there on a straight line. None: σ is learned, from log_std_init
     log_std_final: float | None = -3.0
 
 
 @dataclass
-class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
-    """All flags, flat. --help shows them in the three groups above."""
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the last base to the first
+    """All flags of the three groups above."""
 
     @property
     def batch_size(self) -> int:
@@ -147,8 +156,8 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
         return int(self.total_timesteps // self.batch_size)
 
     @property
-    def num_timesteps(self) -> int:
-        """total_timesteps in whole iterations."""
+    def planned_steps(self) -> int:
+        """total_timesteps, rounded down to whole iterations."""
         return self.num_iterations * self.batch_size
 
     @property
@@ -159,22 +168,21 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
 PAPER = {  # --paper: PPO section 6.1 and Table 3
     "num_envs": 1,  # one long rollout instead of several short ones
     "num_steps": 2048,
-    "norm_obs": False,
+    "norm_obs": False,  # so the policy that samples the first rollout is π_old, too
     "norm_reward": False,
     "learning_rate": 3e-4,
     "anneal_lr": False,
     "return_floor": 0.0,
     "gae_lambda": 0.95,
     "recompute_advantages": False,  # once per iteration
-    "max_grad_norm": math.inf,
-    "orthogonal_init": False,
-    "log_std_init": 0.0,
-    "log_std_final": None,  # σ is learned; PPO Table 4 anneals log σ linearly, from -0.7 to -1.6
+    "max_grad_norm": math.inf,  # the paper does not mention clipping
+    "orthogonal_init": False,  # the paper names no initialization
+    "log_std_init": 0.0,  # the paper names no initial σ
+    "log_std_final": None,  # σ is learned. Only Table 4 (Roboschool) anneals it, on a line in log σ
 }
 
-
-CLIP = 10.0  # normalized observations and rewards are clipped to ± this
-HUGE = 1e10  # bounds of actions beyond this count as none, plain observations beyond it as errors
+NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
+HUGE = 1e10  # larger action bounds count as none; larger observations need norm_obs
 
 
 class InputError(ValueError):
@@ -182,11 +190,14 @@ class InputError(ValueError):
 
 
 # ---- Equations -----------------------------------------------------------------------------------
-# T steps · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
+# T steps, N environments, B = T N transitions, M transitions of a minibatch, K epochs,
+# O observation dims, A action dims, P weights
 
 
 def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """TRPO appendix D: log N(a; μ(s), diag σ²).
+    """TRPO appendix D: log π(a|s) of N(μ(s), diag σ²).
+
+    log π(a|s) = Σ_i [-½ ((a_i - μ_i) / σ_i)² - log σ_i - ½ log 2π]
 
     mean, actions (…, A), log_std (A,) or (…, A). Returns (…,).
     """
@@ -196,14 +207,14 @@ def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 in nats: Σ_i log σ_i + ½ log 2πe. (…, A), returns (…,)."""
+    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """KL[π_old, π] of PPO eq. 8 in nats.
 
-    KL = Σ_i log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / 2σ_i² - ½
+    KL = Σ_i [log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / (2 σ_i²) - ½]
 
     means (…, A), log stds (A,) or (…, A). Returns (…,).
     """
@@ -221,9 +232,11 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 def clipped_value_loss(
     values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float
 ) -> Tensor:
-    """Engstrom section 3, item 1; not in the PPO paper. (B,) each, returns a scalar.
+    """Engstrom section 3, item 1. Not in the PPO paper.
 
     L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
+
+    Engstrom prints min, their code takes max. (B,) each, returns a scalar.
     """
     assert values.shape == values_old.shape == returns.shape
     clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
@@ -236,14 +249,6 @@ def importance_surrogate(ratio: Tensor, adv: Tensor) -> Tensor:
     return (ratio * adv).mean()
 
 
-def kl_penalized_surrogate(ratio: Tensor, adv: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
-    """PPO eq. 8: L^KLPEN(θ) = Ê[r_t Â_t - β KL[π_old, π_θ]], to be maximized. Returns a scalar.
-
-    ratio and adv are (B,). kl is (B,), or its mean.
-    """
-    return importance_surrogate(ratio, adv) - beta * kl.mean()
-
-
 def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
     """PPO eq. 7: L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized.
 
@@ -253,26 +258,34 @@ def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
     return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
 
 
+def kl_penalized_surrogate(ratio: Tensor, adv: Tensor, kl: Tensor, beta: Tensor | float) -> Tensor:
+    """PPO eq. 8: L^KLPEN(θ) = Ê[r_t Â_t - β KL[π_old, π_θ]], to be maximized. Returns a scalar.
+
+    ratio and adv are (B,). kl is (B,), or its mean.
+    """
+    return importance_surrogate(ratio, adv) - beta * kl.mean()
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 
 
 def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequential:
     """Fully connected tanh network with a linear output (Engstrom section 3, items 3 and 8)."""
+    linears = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
     layers = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-    layers.pop()
-    if orthogonal:
-        for layer in layers[::2]:
-            nn.init.orthogonal_(layer.weight, last_gain if layer is layers[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    for linear in linears:
+        if orthogonal:
+            gain = last_gain if linear is linears[-1] else math.sqrt(2)
+            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Policy(nn.Module):
-    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ does not depend on s (PPO section 6.1).
+    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations. σ does not depend on s (TRPO appendix D).
 
-    Samples of the Gaussian are in units of [-1, 1]. `to_env` maps them to the action space.
+    The bounds of the action space are at -1 and 1 of this Gaussian. `to_env` applies them.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
@@ -281,8 +294,9 @@ class Policy(nn.Module):
         self.norm_obs = args.norm_obs
         self.obs_stats = RunningMeanStd(*obs_shape)
         sizes = (*obs_shape, *args.hidden_sizes, action_dim)
-        self.mean_net = mlp(sizes, 0.01, args.orthogonal_init)
-        self.log_std_ends = (args.log_std_init, args.log_std_final)
+        self.mean_net = mlp(sizes, last_gain=0.01, orthogonal=args.orthogonal_init)
+        self.log_std_init = args.log_std_init
+        self.log_std_final = args.log_std_final
         log_std = torch.full((action_dim,), args.log_std_init)
         if args.log_std_final is None:
             self.log_std = nn.Parameter(log_std)
@@ -291,58 +305,62 @@ class Policy(nn.Module):
         self.action_map = ActionMap(action_space)
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Raw observations (…, O) to inputs of both networks (…, O), on their device.
+        """Normalize raw observations (…, O) for both networks (Engstrom section 3, items 6 and 7).
 
-        The arithmetic is float64 on the CPU (Engstrom section 3, items 6 and 7).
+        Computes in float64 on the CPU. Returns the dtype and device of the networks.
         """
         obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
-            obs = ((obs - self.obs_stats.mean) / self.obs_stats.std).clamp(-CLIP, CLIP)
-        return obs.to(self.mean_net[0].weight)  # their dtype and device
+            obs = (obs - self.obs_stats.mean) / self.obs_stats.std
+            obs = obs.clamp(-NORM_LIMIT, NORM_LIMIT)
+        return obs.to(self.mean_net[0].weight)
 
-    def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (…, O) to μ_θ(s) (…, A) and log σ, (A,) or (…, A)."""
+    def mean_and_log_std(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for normalized observations (…, O)."""
         return self.mean_net(inputs), self.log_std
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw observations (…, O) to μ_θ(s) (…, A) and log σ, (A,) or (…, A)."""
-        return self.distribution(self.normalize(obs))
+        """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for raw observations (…, O)."""
+        return self.mean_and_log_std(self.normalize(obs))
 
     def anneal(self, fraction: float) -> None:
-        """Set σ on the line from its first to its last value, unless it is learned."""
-        first, last = self.log_std_ends
-        if last is not None:
-            std = (1 - fraction) * math.exp(first) + fraction * math.exp(last)
+        """Put σ on the line from its first to its last value. A learned σ stays."""
+        if self.log_std_final is not None:
+            std = line(math.exp(self.log_std_init), math.exp(self.log_std_final), fraction)
             self.log_std.fill_(math.log(std))
 
     @torch.no_grad()
-    def sample(
-        self, obs: np.ndarray, deterministic: bool = False, rng: torch.Generator | None = None
-    ) -> Tensor:
-        """a ~ π(·|s) for raw observations (…, O), or the mean μ_θ(s); (…, A), before `to_env`."""
+    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """Draw a ~ π(·|s) (…, A) for raw observations (…, O), before `to_env`.
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
         mean, log_std = self(torch.from_numpy(np.array(obs, np.float64)))
-        if deterministic:
-            return mean
         return mean + log_std.exp() * torch.randn(mean.shape, generator=rng).to(mean)
 
     def to_env(self, samples: Tensor) -> np.ndarray:
-        """Samples (…, A) to actions of the environment (…, A), within its bounds."""
+        """Map actions of the Gaussian (…, A) to actions of the environment (…, A)."""
         return self.action_map(samples.cpu().numpy())
 
+    @torch.no_grad()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:
-        """Actions of the environment (…, A) for raw observations (…, O): means or samples."""
-        return self.to_env(self.sample(obs, deterministic, rng))
+        """Return the mean action or a sample for raw observations (…, O), as `to_env` gives it."""
+        if not deterministic:
+            return self.to_env(self.sample(obs, rng))
+        mean, _ = self(torch.from_numpy(np.array(obs, np.float64)))
+        return self.to_env(mean)
 
 
 class Critic(nn.Module):
-    """V(s), in units of scaled reward, from `policy.normalize(obs)` (…, O) to (…,)."""
+    """V(s) in units of scaled reward. Takes normalized observations (…, O), returns (…,)."""
 
     def __init__(self, obs_shape: tuple[int, ...], args: Args):
         super().__init__()
-        self.return_stats = RunningMeanStd()
-        self.value_net = mlp((*obs_shape, *args.hidden_sizes, 1), 1.0, args.orthogonal_init)
+        self.reward_stats = RunningMeanStd()
+        sizes = (*obs_shape, *args.hidden_sizes, 1)
+        self.value_net = mlp(sizes, last_gain=1.0, orthogonal=args.orthogonal_init)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.value_net(inputs).squeeze(-1)
@@ -352,10 +370,10 @@ class Critic(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B samples of a rollout, or a minibatch of M; "old" is under π_old and V_old."""
+    """B transitions of a rollout or M of a minibatch. "old" means: under π_old and V_old."""
 
     inputs: Tensor  # (B, O)  normalized observations
-    actions: Tensor  # (B, A)
+    actions: Tensor  # (B, A)  before to_env
     mean_old: Tensor  # (B, A)
     log_std_old: Tensor  # (B, A)
     logp_old: Tensor  # (B,)
@@ -367,8 +385,11 @@ class Batch(NamedTuple):
 def ppo_loss(
     policy: Policy, critic: Critic, batch: Batch, beta: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-(L^CLIP - L^VF + c2 S), PPO eq. 9 with c1 = 1, or with another surrogate; and metrics."""
-    mean, log_std = policy.distribution(batch.inputs)
+    """Return -(L^CLIP - L^VF + c2 S), PPO eq. 9 with c1 = 1, and metrics.
+
+    `args.surrogate` may replace L^CLIP.
+    """
+    mean, log_std = policy.mean_and_log_std(batch.inputs)
     logp = gaussian_logp(mean, log_std, batch.actions)
     ratio = (logp - batch.logp_old).exp()  # r_t(θ), (M,)
     kl = gaussian_kl(batch.mean_old, batch.log_std_old, mean, log_std)  # (M,)
@@ -381,25 +402,26 @@ def ppo_loss(
 
     values = critic(batch.inputs)  # (M,)
     if args.clip_vloss:
-        error = clipped_value_loss(values, batch.values_old, batch.returns, args.clip_coef)
+        vf_loss = clipped_value_loss(values, batch.values_old, batch.returns, args.clip_coef)
     else:
-        error = value_loss(values, batch.returns)
+        vf_loss = value_loss(values, batch.returns)
     entropy = gaussian_entropy(log_std).mean()
 
     metrics = {
         "policy_loss": -surrogate,
-        "value_loss": error,
+        "value_loss": vf_loss,
         "entropy": entropy,
-        "approx_kl": kl.mean(),
+        "approx_kl": kl.mean(),  # exact, before the step of this minibatch
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
-    return -(surrogate - error + args.ent_coef * entropy), metrics
+    return -(surrogate - vf_loss + args.ent_coef * entropy), metrics
 
 
 def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂), g being all tensors in one vector.
+    """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
 
-    Returns the clipped vector (P,) and the norm before.
+    g is the gradient of one network as one vector; Engstrom takes both networks together.
+    Returns the clipped g (P,) and the norm before.
     """
     flat = torch.cat([g.flatten() for g in grads])
     norm = flat.norm()
@@ -409,7 +431,7 @@ def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, 
 class Adam(nn.Module):
     """Kingma Algorithm 1 for P weights.
 
-    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the loss.
+    Takes the steps of torch.optim.Adam, whose class can't be compiled into one graph with the loss.
     """
 
     def __init__(self, num_weights: int, eps: float = 1e-5):
@@ -423,7 +445,7 @@ class Adam(nn.Module):
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grad: Tensor) -> None:
-        """Change `params`, P weights in all, along their gradient (P,).
+        """Take one step against `grad` (P,), the gradient of a loss. `params` hold P weights.
 
         m ← β₁ m + (1 - β₁) g
         v ← β₂ v + (1 - β₂) g²
@@ -446,7 +468,7 @@ class Adam(nn.Module):
 def minibatch_step(
     policy: Policy, critic: Critic, adam: Adam, batch: Batch, beta: Tensor, args: Args
 ) -> dict[str, Tensor]:
-    """One step of Adam on the loss of one minibatch; returns metrics.
+    """Take one step of Adam on the loss of one minibatch, and return metrics.
 
     The gradient of each network is clipped by its own norm.
     """
@@ -472,15 +494,15 @@ def gae(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout. All (T, N).
+    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout.
 
-        δ_t = r_t + γ V(s_{t+1}) - V(s_t)                        PPO eq. 12
-        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        PPO eq. 11
-            = δ_t + γλ Â_{t+1}
+    δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)     PPO eq. 12
+    Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        PPO eq. 11
+        = δ_t + γλ (1 - done_t) Â_{t+1}
 
     PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action
-    t led to; at the end of an episode, of its final observation. A termination removes this V, a
-    time limit keeps it (Pardo eq. 6). Both (`done`) end the sum.
+    t led to. At the end of an episode this is its final observation. A termination removes this V,
+    a time limit keeps it (Pardo eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
     delta = (rewards + gamma * next_values * ~terminated - values).cpu().numpy()
@@ -496,10 +518,11 @@ def gae(
 def advantages(
     critic: Critic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Â, the value targets Â + V (GAE footnote 2), and V of the present critic, each (T, N)."""
+    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the critic as it is, each (T, N)."""
     values = critic(rollout.obs)
+    # s_{t+1} is the next row, except at the end of the rollout and of an episode
     next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
-    next_values[rollout.done] = critic(rollout.next_obs[rollout.done])  # of final observations
+    next_values[rollout.done] = critic(rollout.next_obs[rollout.done])
     lam = args.gae_lambda
     adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
@@ -508,130 +531,76 @@ def advantages(
     return adv, returns, values
 
 
+def floor_factor(returns: Tensor, return_floor: float) -> Tensor:
+    """Factor of α: min(1, std[V^targ] / return_floor)². Not in the paper.
+
+    A step of Adam has the same size for small gradients as for large ones. On a solved task the
+    value targets hardly differ, the advantages are errors of V, and full steps undo the learning.
+    """
+    return (returns.std() / return_floor).clamp(max=1.0).square()
+
+
 def update(
     policy: Policy,
     critic: Critic,
     adam: Adam,
-    step: Callable,
+    train_step: Callable,
     rollout: "Rollout",
     gamma: float,
     beta: float,
     rng: torch.Generator,
     args: Args,
 ) -> dict[str, float]:
-    """K epochs of minibatches over one prepared rollout (PPO Algorithm 1); returns metrics.
+    """K epochs of minibatches over one prepared rollout (PPO Algorithm 1). Returns metrics.
 
-    `step` is minibatch_step, compiled or not. "kl" is KL[π_old, π] of the whole update.
-
-    Steps of Adam are as long for small gradients as for large ones. Where a task is solved, all
-    returns are nearly alike, the advantages are errors of V, and full steps undo what was learned.
-    So `return_floor` shrinks the steps where the value targets hardly differ.
+    `train_step` is minibatch_step, compiled or not. metrics["kl"] is d of PPO section 4: the mean
+    of KL[π_old, π] over the rollout after the last epoch. The others are means over minibatches.
     """
     with torch.no_grad():
-        mean_old, log_std_old = policy.distribution(rollout.obs)
+        mean_old, log_std_old = policy.mean_and_log_std(rollout.obs)
         logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)
-        log_std_old = log_std_old.clone().expand_as(mean_old)
+        log_std_old = log_std_old.clone().expand_as(mean_old)  # Adam changes a learned σ in place
     adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
     if args.norm_reward and args.return_floor > 0:
-        adam.lr *= (returns.std() / args.return_floor).clamp(max=1.0).square()
+        adam.lr *= floor_factor(returns, args.return_floor)  # until ppo sets it again
 
     history = []
-    beta = torch.tensor(beta, device=adv.device)
+    beta_tensor = torch.tensor(beta, device=adv.device)  # each number would compile a new graph
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             adv, returns, _ = advantages(critic, rollout, gamma, args)
-        old = (mean_old, log_std_old, logp_old, values_old)
-        batch = Batch(rollout.obs, rollout.actions, *old, adv, returns)
+        batch = Batch(
+            inputs=rollout.obs,
+            actions=rollout.actions,
+            mean_old=mean_old,
+            log_std_old=log_std_old,
+            logp_old=logp_old,
+            values_old=values_old,
+            adv=adv,
+            returns=returns,
+        )
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        shuffled = [x.flatten(0, 1).index_select(0, order) for x in batch]
-        minibatches = zip(*(x.chunk(args.num_minibatches) for x in shuffled), strict=True)
-        for minibatch in minibatches:
-            history.append(step(policy, critic, adam, Batch(*minibatch), beta, args))
+        shuffled = [x.flatten(0, 1)[order] for x in batch]  # (T, N, …) to (B, …)
+        chunks = [x.chunk(args.num_minibatches) for x in shuffled]
+        for minibatch in zip(*chunks, strict=True):
+            metrics = train_step(policy, critic, adam, Batch(*minibatch), beta_tensor, args)
+            history.append(metrics)
 
-    metrics = {}
+    means = {}
     for name in history[0]:
-        metrics[name] = torch.stack([step_metrics[name] for step_metrics in history]).mean().item()
+        means[name] = torch.stack([metrics[name] for metrics in history]).mean().item()
     with torch.no_grad():
-        kl = gaussian_kl(mean_old, log_std_old, *policy.distribution(rollout.obs)).mean()
-    metrics["learning_rate"] = adam.lr.item()
-    metrics["kl"] = kl.item()
-    metrics["explained_variance"] = explained_variance.item()
-    metrics["action_std"] = log_std_old.exp().mean().item()
-    return metrics
+        mean, log_std = policy.mean_and_log_std(rollout.obs)
+        kl = gaussian_kl(mean_old, log_std_old, mean, log_std).mean()
+    means["kl"] = kl.item()
+    means["explained_variance"] = explained_variance.item()
+    means["action_std"] = log_std_old.exp().mean().item()
+    means["learning_rate"] = adam.lr.item()
+    return means
 
 
 # ---- Environments and rollout --------------------------------------------------------------------
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and std of all rows seen so far, in float64 (Chan et al. 1979).
-
-    They are not buffers, so they stay on the CPU when the module moves to another device.
-    """
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.count = 0
-        self.mean = torch.zeros(shape, dtype=torch.float64)
-        self.var = torch.ones(shape, dtype=torch.float64)
-        self.std = torch.ones(shape, dtype=torch.float64)
-
-    def update(self, rows: Tensor) -> None:
-        """Merge rows (B, *shape)."""
-        rows = rows.to("cpu", torch.float64)
-        self.count += len(rows)
-        weight = len(rows) / self.count
-        delta = rows.mean(0) - self.mean
-        var = rows.var(0, correction=0) + (1 - weight) * delta.square()
-        self.mean = (1 - weight) * self.mean + weight * rows.mean(0)
-        self.var = (1 - weight) * self.var + weight * var
-        constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
-        self.std = torch.where(constant, 1.0, self.var.sqrt())
-
-    def get_extra_state(self) -> dict:
-        names = ("count", "mean", "var", "std")
-        return {name: getattr(self, name) for name in names}
-
-    def set_extra_state(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-class ActionMap:
-    """Samples of the policy, in units of [-1, 1], to actions within the bounds of a Box.
-
-    Infinite and enormous bounds leave a sample as it is.
-    """
-
-    def __init__(self, space: gym.spaces.Box):
-        self.low = space.low  # (A,)
-        self.high = space.high  # (A,)
-        low = self.low.astype(np.float64)
-        high = self.high.astype(np.float64)
-        bounded = (np.abs(low) < HUGE) & (np.abs(high) < HUGE)
-        low = np.where(bounded, low, -1)
-        high = np.where(bounded, high, 1)
-        self.center = (high + low) / 2
-        self.half_range = (high - low) / 2
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """(…, A) to (…, A)."""
-        actions = np.clip(self.center + self.half_range * samples, self.low, self.high)
-        return actions.astype(self.low.dtype)
-
-
-def plain(value: object) -> object:
-    """NumPy and PyTorch numbers and arrays as Python's, paths as strings, also in containers."""
-    if isinstance(value, np.generic | np.ndarray | Tensor):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, dict):
-        return {key: plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(x) for x in value)
-    return value
 
 
 class Envs:
@@ -639,7 +608,8 @@ class Envs:
 
     `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
     that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
-    last reset. A resumed run starts from these states, so it repeats these resets.
+    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    raise InputError if an environment returns something else than Gymnasium asks for.
     """
 
     def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
@@ -659,7 +629,7 @@ class Envs:
         self.rng_states = rng_states or [None] * len(envs)
         seeds = np.random.SeedSequence(seed).generate_state(len(envs))
         for i, env in enumerate(envs):
-            env.reset(seed=int(seeds[i]))
+            env.reset(seed=int(seeds[i]))  # only to seed env.np_random
             if self.rng_states[i] is not None:
                 env.np_random.bit_generator.state = self.rng_states[i]
             self.reset(i)
@@ -667,8 +637,8 @@ class Envs:
     def reset(self, i: int) -> None:
         """Start an episode of environment i."""
         env = self.envs[i]
-        if isinstance(env.np_random, np.random.Generator):  # other kinds restart from their seed
-            self.rng_states[i] = plain(env.np_random.bit_generator.state)
+        if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
+            self.rng_states[i] = to_python(env.np_random.bit_generator.state)
         self.returns[i] = 0
         self.lengths[i] = 0
         result = env.reset()
@@ -676,13 +646,13 @@ class Envs:
             obs, _ = result
             self.obs[i] = same_shape(obs, self.obs[i])
         except (TypeError, ValueError) as error:
-            raise self.mistake(i, result) from error
+            raise self.wrong_result(i, result) from error
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take actions (N, A), and start an episode where one ends.
 
-        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). `next_obs` are the
-        true successors. At the end of an episode this is its final observation.
+        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). next_obs[i] is the
+        true successor. At the end of an episode it is the final observation.
         """
         next_obs = np.empty_like(self.obs)
         rewards = np.empty(len(self.envs))
@@ -696,7 +666,7 @@ class Envs:
                 rewards[i] = float(reward)
                 next_obs[i] = same_shape(obs, next_obs[i])
             except (TypeError, ValueError) as error:
-                raise self.mistake(i, result) from error
+                raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
         self.returns += rewards
         for i in np.flatnonzero(terminated | truncated):
@@ -704,66 +674,142 @@ class Envs:
             self.reset(i)
         return next_obs, rewards, terminated, truncated
 
-    def mistake(self, i: int, result: object) -> InputError:
-        """The error for an environment that returned something else than Gymnasium asks for."""
+    def wrong_result(self, i: int, result: object) -> InputError:
+        """The error for environment i, which returned `result`."""
         parts = result if isinstance(result, tuple) else [result]
         names = [f"{type(x).__name__}{getattr(x, 'shape', '')}" for x in parts]
-        due = f"an observation of shape {self.obs.shape[1:]}"
-        due += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
-        where = f"environment {i}, step {self.lengths[i]} of its episode"
-        return InputError(f"{where}: it returned {', '.join(names)}, but should return {due}")
+        expected = f"an observation of shape {self.obs.shape[1:]}"
+        expected += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
+        place = f"environment {i}, step {self.lengths[i]} of its episode"
+        return InputError(f"{place}: it returned {', '.join(names)}, but must return {expected}")
 
     def close(self) -> None:
         close_all(self.envs)
 
 
-def same_shape(obs: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """`obs`, unless assigning it to `like` would broadcast: then a ValueError."""
-    if np.shape(obs) != like.shape:
-        raise ValueError
-    return obs
+class Rollout(NamedTuple):
+    """T x N transitions: raw from collect, normalized and scaled from prepare."""
+
+    obs: Tensor  # (T, N, O)
+    next_obs: Tensor  # (T, N, O)  true successors, final observations included
+    actions: Tensor  # (T, N, A)  before to_env
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N)  terminated | truncated
 
 
-def close_all(envs: list[gym.Env]) -> None:
-    """Close every environment, also where another one fails to close."""
-    with ExitStack() as stack:
-        for env in envs:
-            stack.callback(env.close)
+def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
+    """Run the policy for T steps in each environment (PPO Algorithm 1). Raw, on the CPU."""
+    steps = []
+    for _ in range(num_steps):
+        obs = envs.obs
+        actions = policy.sample(obs, rng)
+        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
+        done = terminated | truncated
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
+    columns = [np.stack(column) for column in zip(*steps, strict=True)]
+    return Rollout(*map(torch.from_numpy, columns))
 
 
-def check_spaces(env: gym.Env, env_id: str) -> None:
-    """Raise InputError unless observations and actions are flat Boxes, and actions floats."""
-    obs = env.observation_space
-    actions = env.action_space
-    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
-    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
-    if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
-        return
-    space = actions if flat_obs else obs
-    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
-    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
-        space = actions
-        hint = "acer_discrete.py takes discrete actions"
-        if actions.start != 0:
-            hint += " from 0: shift them with the wrapper TransformAction"
-    elif flat_actions and not flat_obs:
-        hint = "wrap it in FlattenObservation"
-    else:
-        hint = "no script here takes it"
-    raise InputError(
-        f"--env-id {env_id} has {space}, this script needs flat Boxes of floats: {hint}"
-    )
+def rolling_discounted_sums(
+    rewards: Tensor, done: Tensor, running_sum: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
+
+    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    R (T, N) and the running sum of the next rollout.
+    """
+    rewards = rewards.numpy()
+    done = done.numpy()
+    total = running_sum.numpy()
+    sums = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        total = gamma * total + rewards[t]
+        sums[t] = total
+        total = total * ~done[t]
+    return torch.from_numpy(sums), torch.from_numpy(total)
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def prepare(
+    raw: Rollout, policy: Policy, critic: Critic, running_sum: Tensor, gamma: float, args: Args
+) -> tuple[Rollout, Tensor]:
+    """Normalize observations, scale rewards and move all to the device of the networks.
+
+    Rewards are divided by the std of their rolling discounted sum (Engstrom section 3, items 2
+    and 5). Returns the rollout and the running sum of the next one.
+    """
+    rewards = raw.rewards
+    if args.norm_reward:
+        sums, running_sum = rolling_discounted_sums(rewards, raw.done, running_sum, gamma)
+        critic.reward_stats.update(sums.flatten())
+        rewards = (rewards / critic.reward_stats.std).clamp(-NORM_LIMIT, NORM_LIMIT)
+    obs = policy.normalize(raw.obs)
+    next_obs = policy.normalize(raw.next_obs)
+    rollout = raw._replace(obs=obs, next_obs=next_obs, rewards=rewards.to(obs.dtype))
+    return Rollout(*(x.to(obs.device) for x in rollout)), running_sum
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and std of all rows seen so far (Chan et al. 1979). A constant component has std 1.
+
+    They are float64 and not buffers, so they stay on the CPU when the module moves to a device.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.count = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.var = torch.ones(shape, dtype=torch.float64)
+        self.std = torch.ones(shape, dtype=torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Merge rows (B, *shape)."""
+        rows = rows.to("cpu", torch.float64)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        mean = rows.mean(0)
+        var = rows.var(0, correction=0) + (1 - weight) * (mean - self.mean).square()
+        self.mean = (1 - weight) * self.mean + weight * mean
+        self.var = (1 - weight) * self.var + weight * var
+        constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
+        self.std = torch.where(constant, 1.0, self.var.sqrt())
+
+    def get_extra_state(self) -> dict:
+        names = ("count", "mean", "var", "std")
+        return {name: getattr(self, name) for name in names}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class ActionMap:
+    """Maps actions of the Gaussian, -1 to 1, to the bounds of a Box.
+
+    Where a bound is infinite or enormous, nothing is scaled. A finite bound still clips.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        self.low = space.low  # (A,)
+        self.high = space.high  # (A,)
+        low = self.low.astype(np.float64)
+        high = self.high.astype(np.float64)
+        bounded = (np.abs(low) < HUGE) & (np.abs(high) < HUGE)
+        low = np.where(bounded, low, -1)
+        high = np.where(bounded, high, 1)
+        self.center = (high + low) / 2
+        self.half_range = (high - low) / 2
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Takes and returns (…, A)."""
+        actions = np.clip(self.center + self.half_range * samples, self.low, self.high)
+        return actions.astype(self.low.dtype)
 
 
 def make_envs(
     env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
 ) -> Envs:
-    """Make `num_envs` environments; `kwargs` are those of gym.make. Raises InputError."""
+    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError."""
     with suppress(ImportError):  # MuJoCo repeats this warning and logs it to ./MUJOCO_LOG.TXT
         import mujoco
 
@@ -785,62 +831,59 @@ def make_envs(
         raise
 
 
-class Rollout(NamedTuple):
-    """T x N transitions under π_old."""
-
-    obs: Tensor  # (T, N, O)
-    next_obs: Tensor  # (T, N, O)  true successors, final observations included
-    actions: Tensor  # (T, N, A)  samples of the Gaussian
-    rewards: Tensor  # (T, N)
-    terminated: Tensor  # (T, N)
-    done: Tensor  # (T, N)  terminated | truncated
-
-
-def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run π_old for T steps in each environment (PPO Algorithm 1). All raw, on the CPU."""
-    steps = []
-    for _ in range(num_steps):
-        obs = envs.obs
-        actions = policy.sample(obs, rng=rng)
-        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
-        done = terminated | truncated
-        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
-    return Rollout(*(torch.from_numpy(np.stack(x)) for x in zip(*steps, strict=True)))
-
-
-def discounted_returns(
-    rewards: Tensor, done: Tensor, carry: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
-
-    rewards and done are (T, N). `carry` (N,) is R_{-1}, carried over from the previous rollout.
-    Returns R (T, N) and the next carry.
-    """
-    returns = np.zeros_like(rewards.numpy())
-    total = carry.numpy()
-    for t in range(len(returns)):
-        total = gamma * total + rewards[t].numpy()
-        returns[t] = total
-        total = total * ~done[t].numpy()
-    return torch.from_numpy(returns), torch.from_numpy(total)
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
+    obs = env.observation_space
+    actions = env.action_space
+    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
+        return
+    space = actions if flat_obs else obs
+    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
+    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
+        space = actions
+        hint = "acer_discrete.py takes discrete actions"
+        if actions.start != 0:
+            hint += " from 0: shift them with the wrapper TransformAction"
+    elif flat_actions and not flat_obs:
+        hint = "wrap it in FlattenObservation"
+    else:
+        hint = "no script here takes it"
+    needs = "this script needs a flat Box of observations and a flat Box of float actions"
+    raise InputError(f"--env-id {env_id} has {space}: {needs}; {hint}")
 
 
-def prepare(
-    rollout: Rollout, policy: Policy, critic: Critic, carry: Tensor, gamma: float, args: Args
-) -> tuple[Rollout, Tensor]:
-    """The rollout as the networks need it: normalized, scaled, on their device; and next `carry`.
+def close_all(envs: list[gym.Env]) -> None:
+    """Close every environment, also where another one fails to close."""
+    with ExitStack() as stack:
+        for env in envs:
+            stack.callback(env.close)
 
-    Rewards are divided by the std of the discounted return (Engstrom section 3, items 2 and 5).
-    """
-    rewards = rollout.rewards
-    if args.norm_reward:
-        returns, carry = discounted_returns(rewards, rollout.done, carry, gamma)
-        critic.return_stats.update(returns.flatten())
-        rewards = (rewards / critic.return_stats.std).clamp(-CLIP, CLIP)
-    inputs = policy.normalize(rollout.obs)
-    next_inputs = policy.normalize(rollout.next_obs)
-    ready = rollout._replace(obs=inputs, next_obs=next_inputs, rewards=rewards.to(inputs.dtype))
-    return Rollout(*(x.to(inputs.device) for x in ready)), carry
+
+def same_shape(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return `obs`. Raises ValueError if assigning it to `target` would broadcast it."""
+    if np.shape(obs) != target.shape:
+        raise ValueError
+    return obs
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def to_python(value: object) -> object:
+    """Convert NumPy and PyTorch values to Python's, and paths to strings, also in containers."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: to_python(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_python(x) for x in value)
+    return value
 
 
 def check_finite(iteration: int, **quantities: Tensor) -> None:
@@ -853,10 +896,12 @@ def check_finite(iteration: int, **quantities: Tensor) -> None:
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
     """Raise FloatingPointError for observations or rewards that can't be trained on."""
     obs = torch.cat([rollout.obs, rollout.next_obs]).double()
-    check_finite(iteration, observations=obs, rewards=rollout.rewards.float())
+    rewards = rollout.rewards.float()  # shows what is too large for float32
+    check_finite(iteration, observations=obs, rewards=rewards)
     limit = 1e100 if norm_obs else HUGE  # statistics need their squares
     if obs.abs().max() > limit:
-        raise FloatingPointError(f"observations beyond {limit:g}, iteration {iteration}")
+        hint = "" if norm_obs else ": add --norm-obs"
+        raise FloatingPointError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
 
 
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
@@ -868,25 +913,30 @@ def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int
 # ---- Algorithm -----------------------------------------------------------------------------------
 
 
-def mean_of(episodes: Sequence[tuple[float, int]], column: int) -> float:
-    """Mean return (column 0) or length (column 1) of episodes, NaN of none."""
-    return float(np.mean([episode[column] for episode in episodes])) if episodes else math.nan
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean, NaN of nothing."""
+    return float(np.mean(values)) if values else math.nan
 
 
 STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation")
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Seed of one random stream of a run; the streams of a run differ."""
+    """Seed of one of the random streams of a run. The streams differ."""
     sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
     return int(sequence.generate_state(1)[0])
 
 
+def line(first: float, last: float, fraction: float) -> float:
+    """The value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
+    return (1 - fraction) * first + fraction * last
+
+
 def adapt_kl_coef(beta: float, kl: float, kl_target: float) -> float:
-    """PPO section 4, the β of the next update.
+    """PPO section 4: the β of the next update, from d, the KL of this one.
 
     d < d_targ / 1.5: β ← β / 2
-    d > d_targ · 1.5: β ← β · 2
+    d > d_targ × 1.5: β ← β × 2
     """
     if kl < kl_target / 1.5:
         return beta / 2
@@ -903,9 +953,10 @@ def ppo(
     """PPO Algorithm 1, actor-critic style. Yields the metrics of each iteration.
 
     If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
-    complete checkpoint. `compile_step` takes minibatch_step and returns the function to use.
-    Seeds PyTorch's global generator. Raises InputError for an environment that does not fit,
-    FloatingPointError for NaN or infinity.
+    complete checkpoint with the keys policy, critic, adam, exploration, minibatches, step, beta,
+    episodes, env_rng_states and spaces. `compile_step` gets minibatch_step and returns what to
+    use in its place. Seeds PyTorch's global generator. Raises InputError for an environment that
+    does not fit, FloatingPointError for NaN or infinity.
     """
     state = {} if state is None else state
     torch.manual_seed(stream_seed(args.seed, "weights"))
@@ -928,30 +979,33 @@ def ppo(
         step = state.get("step", 0)
         beta = state.get("beta", args.kl_coef)
         envs.episodes.extend(state.get("episodes", ()))
-        carry = torch.zeros(args.num_envs, dtype=torch.float64)  # of the discounted returns
+        running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
         train_step = compile_step(minibatch_step)
 
-        while step < args.num_timesteps:
+        while step < args.planned_steps:
             iteration = step // args.batch_size + 1
-            fraction = step / args.num_timesteps
+            fraction = step / args.planned_steps
             policy.anneal(fraction)
-            adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1))
-            gamma_final = args.gamma if args.gamma_final is None else args.gamma_final
-            gamma = args.gamma + fraction * (gamma_final - args.gamma)
+            final_lr = 0.0 if args.anneal_lr else args.learning_rate
+            adam.lr.fill_(line(args.learning_rate, final_lr, fraction))
+            final_gamma = args.gamma if args.gamma_final is None else args.gamma_final
+            gamma = line(args.gamma, final_gamma, fraction)
 
             raw = collect(envs, policy, rngs["exploration"], args.num_steps)
             check_rollout(raw, iteration, args.norm_obs)
-            if step == 0:  # the first update has no earlier statistics to work with
+            first = policy.obs_stats.count == 0
+            if first:  # its actions were sampled without statistics, π_old, V and ratio have these
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
-            rollout, carry = prepare(raw, policy, critic, carry, gamma, args)
+            rollout, running_sum = prepare(raw, policy, critic, running_sum, gamma, args)
 
             rng = rngs["minibatches"]
             metrics = update(policy, critic, adam, train_step, rollout, gamma, beta, rng, args)
             check_update(metrics, params, iteration)
+            metrics |= {"kl_coef": beta, "gamma": gamma}
             if args.surrogate == "kl-adaptive":
                 beta = adapt_kl_coef(beta, metrics["kl"], args.kl_target)
                 beta = min(max(beta, 1e-8), 1e8)  # from 0 or infinity it would never return
-            if step > 0:
+            if not first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
 
             step += args.batch_size
@@ -959,13 +1013,9 @@ def ppo(
             state |= {name: rng.get_state() for name, rng in rngs.items()}
             state |= {"step": step, "beta": beta, "episodes": list(envs.episodes)}
             state |= {"env_rng_states": list(envs.rng_states), "spaces": envs.spaces}
-            yield {
-                "episodic_return": mean_of(envs.episodes, 0),
-                "episodic_length": mean_of(envs.episodes, 1),
-                "gamma": gamma,
-                "kl_coef": beta,
-                **metrics,
-            }
+            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
+            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            yield metrics
 
 
 # ==================================================================================================
@@ -975,30 +1025,30 @@ def ppo(
 ALGORITHM = "ppo_continuous"  # what a checkpoint is checked for
 GENERATOR = ppo
 WHY_AUTO = "the networks are small"  # for the device that --device auto takes
-THREADS = 1  # of PyTorch; more do not help networks this small
+THREADS = 1  # of PyTorch. More do not help networks this small
 FIXED_ON_RESUME = (
     *("env_id", "seed", "num_envs", "norm_obs", "norm_reward", "hidden_sizes", "orthogonal_init"),
     *("log_std_init", "log_std_final", "kl_coef"),
 )
 RANGES = (
     (
-        *("total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches"),
-        *("learning_rate", "clip_coef", "kl_target", "max_grad_norm", "hidden_sizes"),
+        "total_timesteps num_envs num_steps update_epochs num_minibatches hidden_sizes "
+        "learning_rate clip_coef kl_target max_grad_norm",
         lambda x: x > 0,
         "must be positive",
     ),
     (
-        *("seed", "eval_episodes", "return_floor", "kl_coef", "ent_coef"),
+        "seed eval_episodes return_floor kl_coef ent_coef",
         lambda x: x >= 0,
         "must not be negative",
     ),
     (
-        *("learning_rate", "return_floor", "clip_coef", "kl_target", "kl_coef", "ent_coef"),
+        "learning_rate return_floor clip_coef kl_target kl_coef ent_coef",
         math.isfinite,
         "must be finite",
     ),
-    ("gamma", "gamma_final", "gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
-    ("log_std_init", "log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
+    ("gamma gamma_final gae_lambda", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
 
 FILE = globals().get("__file__")  # a notebook cell has none
@@ -1012,12 +1062,12 @@ LONGEST_FILM = 3_000  # frames
 
 
 def train(args: Args, _signals: Sequence[int] = ()) -> dict:
-    """Train from the first iteration, or a checkpoint's, to the last; then evaluate.
+    """Train from the start or from args.resume, then evaluate.
 
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
     eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
     and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    FloatingPointError for NaN or infinity. A KeyboardInterrupt is the caller's; the last
+    FloatingPointError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
     checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
@@ -1051,7 +1101,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     deterministic = evaluation.get("deterministic")
     return {
         "steps": state["step"],
-        "episodic_return": mean_of(state["episodes"], 0),
+        "episodic_return": mean_or_nan([ret for ret, _ in state["episodes"]]),
         "eval_return": float(np.mean(deterministic)) if deterministic else None,
         "checkpoint": checkpoint,
         "run_dir": str(log.run_dir),
@@ -1064,14 +1114,14 @@ def evaluate(
     """Raw returns of one whole episode in each of `episodes` environments.
 
     `act` maps raw observations (episodes, O) to actions of the environment (episodes, A). Each
-    environment counts once, since the episodes that end first are the short ones. One that does
+    environment counts once. Otherwise short episodes would count more often. An episode that does
     not end within LONGEST_EVALUATION steps is left out, and a line says so.
     """
     totals = np.zeros(episodes)
     running = np.ones(episodes, bool)
     with closing(make_envs(env_id, episodes, seed)) as envs:
-        steps = range(LONGEST_EVALUATION)
-        for _ in tqdm(iter(steps), "evaluation", unit="step", leave=False, disable=None):
+        steps = iter(range(LONGEST_EVALUATION))  # no total for the bar: it may end at any step
+        for _ in tqdm(steps, "evaluation", unit="step", leave=False, disable=None):
             _, rewards, terminated, truncated = envs.step(act(envs.obs))
             totals[running] += rewards[running]
             running &= ~(terminated | truncated)
@@ -1089,7 +1139,7 @@ def task_name(env_id: str) -> str:
 
 
 def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
-    """`act`, which raises KeyboardInterrupt once a signal came."""
+    """Return `act`, but raising KeyboardInterrupt after a signal."""
 
     def checked(*inputs):
         if signals:
@@ -1102,12 +1152,12 @@ def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
 def evaluate_policy(
     policy: Policy, args: Args, signals: Sequence[int] = ()
 ) -> dict[str, list[float]]:
-    """Print and return the returns of mean actions and of sampled actions, statistics frozen."""
+    """Evaluate mean actions and sampled actions. Prints and returns their returns."""
     policy.to(args.torch_device)
     seed = stream_seed(args.seed, "evaluation")
     rng = torch.Generator().manual_seed(seed)
     acts = {
-        "deterministic": lambda obs: policy.act(obs),
+        "deterministic": policy.act,
         "sampled": lambda obs: policy.act(obs, False, rng),
     }
     evaluation = {}
@@ -1122,7 +1172,7 @@ def evaluate_policy(
 
 
 def make_film_env(env_id: str, seed: int) -> Envs:
-    """One environment that renders; a MuJoCo model's camera `track` follows its robot."""
+    """Make one environment that renders. The camera `track` of a MuJoCo model follows the robot."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     envs = make_envs(env_id, 1, seed, render_mode="rgb_array")
@@ -1144,13 +1194,14 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
         from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(make_film_env(args.env_id, args.seed)) as envs, path.open("wb") as file:
+        seed = stream_seed(args.seed, "evaluation")
+        with closing(make_film_env(args.env_id, seed)) as envs, path.open("wb") as file:
             env = envs.envs[0]
             fps = env.metadata.get("render_fps") or 30
             stride = max(1, round(fps / 25))  # steps a frame
             milliseconds = round(1000 * stride / fps)
-            steps = range(LONGEST_FILM * stride)
-            for step in tqdm(iter(steps), "film", unit="step", leave=False, disable=None):
+            steps = iter(range(LONGEST_FILM * stride))
+            for step in tqdm(steps, "film", unit="step", leave=False, disable=None):
                 if step % stride == 0:
                     image = Image.fromarray(env.render()).quantize()
                     if step == 0:
@@ -1167,7 +1218,7 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line. A terminal that is gone, or can't show a character, stops nothing."""
+    """Print a line. A closed terminal or a character that it does not know raises nothing."""
     file = file or sys.stdout
     with suppress(OSError, ValueError), tqdm.external_write_mode(file):
         try:
@@ -1177,7 +1228,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write standard JSON, which has no infinity and no NaN: they become strings."""
+    """Write standard JSON. It has no infinity and no NaN, so they become strings."""
     content = json.loads(json.dumps(content), parse_constant=str)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -1193,9 +1244,9 @@ def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
 
 
 def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is damaged or another script's.
+    """Read a checkpoint to the CPU. Raises InputError if it is damaged or of another script.
 
-    Its "args" are those of this version: new ones have their default, removed ones are left out.
+    "args" are the fields of this version of Args. Fields that are new have their default.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -1216,7 +1267,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def load_policy(path: str) -> Policy:
-    """The policy of a checkpoint, on the CPU. Its environment need not be installed.
+    """Return the policy of a checkpoint, on the CPU. Its environment need not be installed.
 
     `policy.act(obs, deterministic=True)` maps raw observations (…, O) to actions (…, A).
     """
@@ -1232,11 +1283,11 @@ def load_policy(path: str) -> Policy:
 
 
 def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
-    """Rows of a progress.csv up to `last_step`. Damaged rows, or a damaged file, are left out."""
+    """Return the rows of a progress.csv up to `last_step`. Leaves out what is damaged."""
     rows = []
     with suppress(OSError, csv.Error):
         text = path.read_text(encoding="utf-8", errors="replace")
-        lines = text[: text.rfind("\n") + 1].splitlines()  # what has no newline is not whole
+        lines = text[: text.rfind("\n") + 1].splitlines()  # without a cut-off last line
         for row in csv.DictReader(lines):
             with suppress(KeyError, TypeError, ValueError):
                 whole = None not in row and None not in row.values() and float(row["seconds"]) >= 0
@@ -1246,7 +1297,7 @@ def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
 
 
 class Log:
-    """A run folder with config.json, progress.csv and TensorBoard events; progress for the user."""
+    """Keeps config.json, progress.csv and TensorBoard events of a run, and shows its progress."""
 
     def __init__(self, args: Args, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -1268,7 +1319,7 @@ class Log:
         name = f"config-{step}.json" if args.resume else "config.json"
         write_json(self.run_dir / name, config)
 
-        self.total = args.num_timesteps
+        self.total = args.planned_steps
         if step < self.total:
             (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
         path = self.run_dir / "progress.csv"
@@ -1295,14 +1346,14 @@ class Log:
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step >= self.total:
-            say("nothing is left to train; a larger --total-timesteps trains on")
+            say("nothing is left to train: a larger --total-timesteps continues")
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of one iteration that ended at `step`."""
         elapsed = time.monotonic() - self.last
         sps = (step - self.step) / elapsed
         metrics = {"SPS": sps} | metrics
-        if self.bar is None:  # not before: other lines may be printed during the first iteration
+        if self.bar is None:  # the first iteration may print lines
             options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
             self.bar = tqdm(initial=self.step, total=self.total, disable=None, **options)
         self.step = step
@@ -1313,7 +1364,7 @@ class Log:
         except OSError as error:  # a full disk must not end the run
             say(f"this iteration is not logged: {error}")
         mean_return = f"{metrics['episodic_return']:.1f}"
-        kl = f"{metrics['approx_kl']:.4f}"
+        kl = f"{metrics['kl']:.4f}"
         self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
         self.bar.update(step - self.bar.n)
         terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -1340,9 +1391,9 @@ class Log:
         """Print the training score."""
         if self.bar is not None:
             self.bar.close()
-        count = len(state["episodes"])
-        mean = f"{mean_of(state['episodes'], 0):.1f}" if count else "unknown"
-        say(f"mean return of the last {count} training episodes {mean}")
+        returns = [ret for ret, _ in state["episodes"]]
+        mean = f"{mean_or_nan(returns):.1f}" if returns else "unknown"
+        say(f"mean return of the last {len(returns)} training episodes {mean}")
 
     def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
         """Write eval.json, and the deterministic score for TensorBoard."""
@@ -1362,7 +1413,7 @@ class Log:
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
     """`function` as one compiled graph if --compile asks for it and PyTorch can, else as it is."""
-    torch.compiler.reset()  # a process may train many configurations; each recompiles
+    torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -1405,7 +1456,7 @@ def flag(name: str) -> str:
 
 def check_args(args: Args) -> Args:
     """A copy with plain Python values. Raises InputError for values that can't be trained with."""
-    args = replace(args, **plain(asdict(args)))
+    args = replace(args, **to_python(asdict(args)))
     for field in fields(args):
         name = flag(field.name)
         value = getattr(args, field.name)
@@ -1421,14 +1472,14 @@ def check_args(args: Args) -> Args:
             setattr(args, field.name, int(value))
         if isinstance(value, list):
             setattr(args, field.name, tuple(value))
-    for *names, holds, what in RANGES:
-        for name in names:
+    for names, holds, what in RANGES:
+        for name in names.split():
             value = getattr(args, name)
             values = value if isinstance(value, tuple) else [value]
             good = value is None or all(holds(x) for x in values)
             require(good, f"{flag(name)} {value} {what}")
 
-    size = f"num_envs x num_steps = {args.batch_size}"
+    size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
     divides = args.batch_size % args.num_minibatches == 0
     require(divides, f"--num-minibatches must divide {size}")
@@ -1446,10 +1497,7 @@ def check_args(args: Args) -> Args:
         torch.zeros(1, device=args.torch_device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device}: {first_line(error)}; try cpu") from error
-    with closing(
-        make_envs(args.env_id, 1, args.seed)
-    ):  # a wrong one is found before files are made
-        pass
+    make_envs(args.env_id, 1, args.seed).close()  # refuse a wrong one before any file is made
     if args.video_dir:
         args.video_dir = str(Path(args.video_dir).absolute())
         try:
@@ -1466,14 +1514,18 @@ def check_args(args: Args) -> Args:
 
 def check_algorithm_args(args: Args) -> None:
     """Raise InputError for flags that contradict each other."""
+    surrogate = f"--surrogate {args.surrogate}"
     if args.log_std_final is not None:
         why = "--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None"
         require(args.ent_coef == 0, why)
-    if args.surrogate == "kl-adaptive":
-        why = "--surrogate kl-adaptive needs a constant step size"
-        constant = not args.anneal_lr and args.return_floor == 0
-        require(constant, f"{why}: add --no-anneal-lr --return-floor 0")
-        require(args.kl_coef > 0, "--kl-coef 0 stays 0 with --surrogate kl-adaptive: raise it")
+    if args.surrogate not in ("kl-adaptive", "kl-fixed"):
+        require(args.kl_coef == Args.kl_coef, f"--kl-coef has no effect with {surrogate}")
+    if args.surrogate != "kl-adaptive":
+        require(args.kl_target == Args.kl_target, f"--kl-target has no effect with {surrogate}")
+    else:
+        why = f"{surrogate} needs a constant step size: add --no-anneal-lr --return-floor 0"
+        require(not args.anneal_lr and args.return_floor == 0, why)
+        require(args.kl_coef > 0, f"--kl-coef 0 stays 0 with {surrogate}: raise it")
 
 
 def check_resume(args: Args, saved: dict) -> None:
@@ -1498,7 +1550,7 @@ def cli(default: Args) -> Args:
 
 
 def parse_args() -> Args:
-    """Args of the command line; --resume and --evaluate start from the checkpoint's."""
+    """Return the Args of the command line. --resume and --evaluate start from a checkpoint's."""
     args = cli(Args())
     path = args.resume or args.evaluate
     if not path:
@@ -1514,7 +1566,7 @@ def parse_args() -> Args:
 
 
 def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
-    """--evaluate: print the scores of a checkpoint, and film it if --video-dir asks for it."""
+    """Run --evaluate: print the scores of a checkpoint, and film it if --video-dir is given."""
     args = check_args(args)
     policy = load_policy(args.evaluate)
     with closing(make_envs(args.env_id, 1, args.seed)) as envs:
@@ -1534,14 +1586,16 @@ def main() -> int:
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]
-    caught = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores one
+    caught = [
+        n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
 
     def stop(number: int, _) -> None:
         signals.append(number)
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            os.write(2, b"\nstopping as soon as all is saved; once more kills\n")
+            os.write(2, b"\nstopping after this iteration, a second signal kills\n")
 
     for n in caught:
         signal.signal(n, stop)
@@ -1562,7 +1616,7 @@ def main() -> int:
     finally:
         try:
             print(end="", flush=True)
-        except OSError:  # nobody reads: give what is left to nobody, or Python complains at its end
+        except OSError:  # a closed pipe: send the rest to nobody, or Python prints an error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signals[0] if signals else 0
 

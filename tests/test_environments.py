@@ -131,7 +131,7 @@ def test_rewards_are_scaled_by_the_std_of_the_discounted_return(script, scale):
     start = torch.zeros(4, dtype=torch.float64)
     critic = script.Critic((3,), args)
     ready, carry = script.prepare(raw, policy, critic, start, 0.9, args)
-    sums, last = script.discounted_returns(rewards, never, start, 0.9)
+    sums, last = script.rolling_discounted_sums(rewards, never, start, 0.9)
     expected = (rewards / sums.std(correction=0)).clamp(-10, 10).float()
     torch.testing.assert_close(ready.rewards, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(carry, last)
@@ -172,9 +172,9 @@ def test_a_run_draws_weights_noise_and_order_from_different_streams(script, monk
     drawn = {"noise": [], "seeds": []}
     sample, make_envs = script.Policy.sample, script.make_envs
 
-    def spy_sample(policy, obs, deterministic=False, rng=None):
+    def spy_sample(policy, obs, rng=None):
         drawn["noise"].append(rng.initial_seed())
-        return sample(policy, obs, deterministic, rng)
+        return sample(policy, obs, rng)
 
     def spy_make(env_id, num_envs, seed, *rest, **kwargs):
         drawn["seeds"].append(seed)
@@ -454,4 +454,4 @@ def test_random_states_of_every_kind_are_saved_and_restored(script, toy, kind, t
 
 
 def test_the_toy_counts():
-    assert ppo.plain({"a": [np.float64(1), (np.arange(2),)]}) == {"a": [1.0, ([0, 1],)]}
+    assert ppo.to_python({"a": [np.float64(1), (np.arange(2),)]}) == {"a": [1.0, ([0, 1],)]}

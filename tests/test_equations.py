@@ -147,7 +147,7 @@ def test_gaussian_logp_entropy_and_kl_are_those_of_torch_distributions(script, s
 
 
 @each_continuous
-def test_engstrom_item2_discounted_returns_over_two_rollouts(script):
+def test_engstrom_item2_rolling_discounted_sums_over_two_rollouts(script):
     rewards, (done, _) = torch.randn(20, 3, dtype=torch.float64), random_ends(20, 3)
     expected, total = [], np.zeros(3)
     for reward, end in zip(rewards.numpy(), done.numpy(), strict=True):
@@ -155,8 +155,8 @@ def test_engstrom_item2_discounted_returns_over_two_rollouts(script):
         expected.append(total)
         total = np.where(end, 0.0, total)
     carry = torch.zeros(3, dtype=torch.float64)
-    first, carry = script.discounted_returns(rewards[:7], done[:7], carry, 0.9)
-    second, _ = script.discounted_returns(rewards[7:], done[7:], carry, 0.9)
+    first, carry = script.rolling_discounted_sums(rewards[:7], done[:7], carry, 0.9)
+    second, _ = script.rolling_discounted_sums(rewards[7:], done[7:], carry, 0.9)
     torch.testing.assert_close(torch.cat([first, second]), torch.from_numpy(np.stack(expected)))
 
 

@@ -567,7 +567,7 @@ def test_diverging_training_is_reported(tmp_path, command, capsys):
         ("--env-id CartPole-v1", "acer_discrete.py"),
         ("--env-id NoSuchTask-v0", "NoSuchTask"),
         ("--env-id nomodule:Task-v0", "nomodule"),
-        ("--total-timesteps 2047", "less than one batch, num_envs x num_steps = 2048"),
+        ("--total-timesteps 2047", "less than one batch, --num-envs x --num-steps = 2048"),
         ("--total-timesteps 2047.5", "--total-timesteps 2047.5 must be a whole number"),
         ("--num-minibatches 3", "--num-minibatches must divide"),
         ("--num-envs 1 --num-steps 1 --num-minibatches 1", "2 or more"),
@@ -816,7 +816,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, name, code):
     process = start(ppo, tmp_path, preexec_fn=default_signals)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "once more kills" in err and "Traceback" not in err
+    assert process.returncode == code and "a second signal kills" in err and "Traceback" not in err
     step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
     steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
     assert step == steps[-1] > 2048
@@ -830,7 +830,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, name, code):
 def test_a_second_signal_kills(tmp_path):
     process = start(ppo, tmp_path, "--num-steps 4096 --update-epochs 2", preexec_fn=default_signals)
     process.send_signal(signal.SIGTERM)
-    assert "once more kills" in process.stderr.readline() + process.stderr.readline()
+    assert "a second signal kills" in process.stderr.readline() + process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT
 
