@@ -64,11 +64,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO, get_args, get_origin
 
@@ -85,7 +86,7 @@ from tqdm import tqdm
 @dataclass
 class RunArgs:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for an environment of your own
-    seed: int = 1  # seed of all random numbers
+    seed: int = 1  # seed of weights, noise, minibatches and environments
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
     # a larger value stretches the schedules
     total_timesteps: int | float = 1_000_000
@@ -187,6 +188,10 @@ HUGE = 1e10  # larger action bounds count as none; larger observations need norm
 
 class InputError(ValueError):
     """Bad input. The message is one line that says what to change."""
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or infinity. The message is one line that says where it first appeared."""
 
 
 # ---- Equations -----------------------------------------------------------------------------------
@@ -309,6 +314,7 @@ class Policy(nn.Module):
 
         Computes in float64 on the CPU. Returns the dtype and device of the networks.
         """
+        assert obs.shape[-1:] == self.obs_stats.mean.shape
         obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
             obs = (obs - self.obs_stats.mean) / self.obs_stats.std
@@ -619,8 +625,8 @@ class Envs:
         self.obs = np.zeros((len(envs), *space.shape), space.dtype)
         self.spaces = {  # for the checkpoint
             "obs_shape": space.shape,
-            "action_low": self.action_space.low.tolist(),
-            "action_high": self.action_space.high.tolist(),
+            "action_low": self.action_space.low.astype(np.float64).tolist(),
+            "action_high": self.action_space.high.astype(np.float64).tolist(),
             "action_dtype": str(self.action_space.dtype),
         }
         self.episodes = deque(maxlen=100)
@@ -644,7 +650,7 @@ class Envs:
         result = env.reset()
         try:
             obs, _ = result
-            self.obs[i] = same_shape(obs, self.obs[i])
+            self.obs[i] = same_kind(obs, self.obs[i])
         except (TypeError, ValueError) as error:
             raise self.wrong_result(i, result) from error
 
@@ -664,8 +670,8 @@ class Envs:
             try:
                 obs, reward, terminated[i], truncated[i], _ = result
                 rewards[i] = float(reward)
-                next_obs[i] = same_shape(obs, next_obs[i])
-            except (TypeError, ValueError) as error:
+                next_obs[i] = same_kind(obs, next_obs[i])
+            except (TypeError, ValueError, OverflowError) as error:
                 raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
         self.returns += rewards
@@ -677,11 +683,11 @@ class Envs:
     def wrong_result(self, i: int, result: object) -> InputError:
         """The error for environment i, which returned `result`."""
         parts = result if isinstance(result, tuple) else [result]
-        names = [f"{type(x).__name__}{getattr(x, 'shape', '')}" for x in parts]
-        expected = f"an observation of shape {self.obs.shape[1:]}"
+        types = [f"{getattr(x, 'dtype', type(x).__name__)}{getattr(x, 'shape', '')}" for x in parts]
+        expected = f"an observation of type {self.obs.dtype} and shape {self.obs.shape[1:]}"
         expected += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
         place = f"environment {i}, step {self.lengths[i]} of its episode"
-        return InputError(f"{place}: it returned {', '.join(names)}, but must return {expected}")
+        return InputError(f"{place}: it returned {', '.join(types)}, but must return {expected}")
 
     def close(self) -> None:
         close_all(self.envs)
@@ -810,19 +816,19 @@ def make_envs(
     env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
 ) -> Envs:
     """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError."""
-    with suppress(ImportError):  # MuJoCo repeats this warning and logs it to ./MUJOCO_LOG.TXT
+    with suppress(Exception):  # MuJoCo repeats this warning and logs it to ./MUJOCO_LOG.TXT
         import mujoco
 
         mujoco.set_mju_user_warning(
             lambda text: None if "settotalmass" in text else print(text, file=sys.stderr)
         )
-    if env_id.count(":") > 1:
+    if env_id.count(":") > 1 or env_id.startswith(":"):
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     envs = []
     try:
         for _ in range(num_envs):
             envs.append(gym.make(env_id, **kwargs))
-        check_spaces(envs[0], env_id)
+            check_spaces(envs[-1], env_id)
         return Envs(envs, seed, rng_states)
     except BaseException as error:
         close_all(envs)
@@ -835,7 +841,7 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
     obs = env.observation_space
     actions = env.action_space
-    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.shape[0] > 0
     flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
     if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
         return
@@ -855,15 +861,19 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
 
 
 def close_all(envs: list[gym.Env]) -> None:
-    """Close every environment, also where another one fails to close."""
-    with ExitStack() as stack:
-        for env in envs:
-            stack.callback(env.close)
+    """Close every environment. A failure is only a warning, so that nothing else is lost."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception as error:
+            warnings.warn(f"an environment failed to close: {error!r}", stacklevel=2)
 
 
-def same_shape(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return `obs`. Raises ValueError if assigning it to `target` would broadcast it."""
-    if np.shape(obs) != target.shape:
+def same_kind(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return `obs`. Raises ValueError if `target` would broadcast or truncate it."""
+    obs = np.asarray(obs)
+    truncates = obs.dtype.kind == "f" and target.dtype.kind in "iu"
+    if obs.shape != target.shape or truncates:
         raise ValueError
     return obs
 
@@ -879,6 +889,9 @@ def to_python(value: object) -> object:
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    for kind in (bool, int, float, str):  # and their subclasses
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, dict):
         return {key: to_python(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -887,25 +900,25 @@ def to_python(value: object) -> object:
 
 
 def check_finite(iteration: int, **quantities: Tensor) -> None:
-    """Raise FloatingPointError that names the first quantity with a NaN or an infinity."""
+    """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
     for name, values in quantities.items():
         if not values.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in {name}, iteration {iteration}")
+            raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
 
 
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
-    """Raise FloatingPointError for observations or rewards that can't be trained on."""
+    """Raise NonFiniteError for observations or rewards that can't be trained on."""
     obs = torch.cat([rollout.obs, rollout.next_obs]).double()
     rewards = rollout.rewards.float()  # shows what is too large for float32
     check_finite(iteration, observations=obs, rewards=rewards)
     limit = 1e100 if norm_obs else HUGE  # statistics need their squares
     if obs.abs().max() > limit:
         hint = "" if norm_obs else ": add --norm-obs"
-        raise FloatingPointError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
+        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
 
 
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
-    """Raise FloatingPointError for losses or weights that training can't go on with."""
+    """Raise NonFiniteError for losses or weights that training can't go on with."""
     losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
     check_finite(iteration, losses=losses, parameters=nn.utils.parameters_to_vector(params))
 
@@ -956,7 +969,7 @@ def ppo(
     complete checkpoint with the keys policy, critic, adam, exploration, minibatches, step, beta,
     episodes, env_rng_states and spaces. `compile_step` gets minibatch_step and returns what to
     use in its place. Seeds PyTorch's global generator. Raises InputError for an environment that
-    does not fit, FloatingPointError for NaN or infinity.
+    does not fit, NonFiniteError for NaN or infinity.
     """
     state = {} if state is None else state
     torch.manual_seed(stream_seed(args.seed, "weights"))
@@ -982,7 +995,7 @@ def ppo(
         running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
         train_step = compile_step(minibatch_step)
 
-        while step < args.planned_steps:
+        while step + args.batch_size <= args.total_timesteps:
             iteration = step // args.batch_size + 1
             fraction = step / args.planned_steps
             policy.anneal(fraction)
@@ -1026,8 +1039,10 @@ ALGORITHM = "ppo_continuous"  # what a checkpoint is checked for
 GENERATOR = ppo
 WHY_AUTO = "the networks are small"  # for the device that --device auto takes
 THREADS = 1  # of PyTorch. More do not help networks this small
+FIXED_ON_EVALUATION = ("norm_obs", "hidden_sizes")
 FIXED_ON_RESUME = (
-    *("env_id", "seed", "num_envs", "norm_obs", "norm_reward", "hidden_sizes", "orthogonal_init"),
+    *FIXED_ON_EVALUATION,
+    *("env_id", "seed", "num_envs", "norm_reward", "orthogonal_init"),
     *("log_std_init", "log_std_final", "kl_coef"),
 )
 RANGES = (
@@ -1051,8 +1066,8 @@ RANGES = (
     ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
 
-FILE = globals().get("__file__")  # a notebook cell has none
-SCRIPT = Path(FILE).stem if FILE else ALGORITHM
+SOURCE = Path(globals().get("__file__", ""))  # a notebook cell has none
+SCRIPT = SOURCE.stem if SOURCE.is_file() else ALGORITHM
 CHARTS = ("episodic_return", "episodic_length", "SPS", "learning_rate")  # other tags are losses/
 SAVE_SECONDS = 60  # between two checkpoints
 LINE_SECONDS = 60  # between two lines of progress where stdout is no terminal
@@ -1067,7 +1082,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
     eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
     and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    FloatingPointError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
+    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
     checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
@@ -1077,25 +1092,33 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     state = {}
     if args.resume:
         state = load_checkpoint(args.resume)
-        check_resume(args, state["args"])
+        check_fixed(args, state["args"], FIXED_ON_RESUME)
+        load_policy(args.resume)  # refuses one of other networks
+    start = state.get("step", 0)
+    check_environment(args, state.get("spaces"))
     torch.set_num_threads(THREADS)
-    with Log(args, state.get("step", 0)) as log:
+    with Log(args, start) as log:
         saved_at = -math.inf
         with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
             for metrics in iterations:
                 log(state["step"], metrics)
                 if time.monotonic() - saved_at >= SAVE_SECONDS:
-                    save_checkpoint(log.run_dir, args, state)
                     saved_at = time.monotonic()
+                    try:
+                        save_checkpoint(log.run_dir, args, state)
+                    except SaveError as error:
+                        say(f"{error}; the next try is in a minute")
                 if _signals:
                     break
-        checkpoint = save_checkpoint(log.run_dir, args, state)
+        checkpoint = str(log.run_dir / "checkpoint.pt")
+        if state["step"] > start:
+            save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
         evaluation = {}
         if args.eval_episodes and not _signals:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
             log.end_evaluation(state["step"], evaluation)
-        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.folder / 'checkpoint.pt'}")
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {short(checkpoint)}")
         if args.video_dir and not _signals:
             film(load_policy(checkpoint), args, _signals)
     deterministic = evaluation.get("deterministic")
@@ -1120,8 +1143,7 @@ def evaluate(
     totals = np.zeros(episodes)
     running = np.ones(episodes, bool)
     with closing(make_envs(env_id, episodes, seed)) as envs:
-        steps = iter(range(LONGEST_EVALUATION))  # no total for the bar: it may end at any step
-        for _ in tqdm(steps, "evaluation", unit="step", leave=False, disable=None):
+        for _ in progress_bar(range(LONGEST_EVALUATION), "evaluation"):
             _, rewards, terminated, truncated = envs.step(act(envs.obs))
             totals[running] += rewards[running]
             running &= ~(terminated | truncated)
@@ -1131,6 +1153,26 @@ def evaluate(
         limit = f"within {LONGEST_EVALUATION:,} steps"
         say(f"{running.sum()} of {episodes} episodes did not end {limit}; they are left out")
     return totals[~running].tolist()
+
+
+def short(path: str | Path) -> Path:
+    """Return a path relative to the present folder, if it lies inside."""
+    path, here = Path(path), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal. It may be None, closed, or an object without isatty."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def progress_bar(steps: Iterable[int], name: str) -> Iterable[int]:
+    """Show a bar on a terminal. It has no total, because an episode may end at any step."""
+    hidden = not is_terminal(sys.stderr)
+    return steps if hidden else tqdm(iter(steps), name, unit="step", leave=False)
 
 
 def task_name(env_id: str) -> str:
@@ -1177,7 +1219,7 @@ def make_film_env(env_id: str, seed: int) -> Envs:
         os.environ.setdefault("MUJOCO_GL", "egl")
     envs = make_envs(env_id, 1, seed, render_mode="rgb_array")
     renderer = getattr(envs.envs[0].unwrapped, "mujoco_renderer", None)
-    if renderer is not None:
+    if renderer is not None and renderer.camera_id == -1:  # the environment chose none
         import mujoco
 
         kind = mujoco.mjtObj.mjOBJ_CAMERA
@@ -1188,6 +1230,7 @@ def make_film_env(env_id: str, seed: int) -> Envs:
 def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
     """Write a GIF of one episode of mean actions. If that fails, a line says why."""
     path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
+    new = path.with_suffix(".tmp")
     act = interruptible(policy.act, signals)
     try:
         from PIL import Image
@@ -1195,13 +1238,12 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         seed = stream_seed(args.seed, "evaluation")
-        with closing(make_film_env(args.env_id, seed)) as envs, path.open("wb") as file:
+        with closing(make_film_env(args.env_id, seed)) as envs, new.open("wb") as file:
             env = envs.envs[0]
             fps = env.metadata.get("render_fps") or 30
             stride = max(1, round(fps / 25))  # steps a frame
             milliseconds = round(1000 * stride / fps)
-            steps = iter(range(LONGEST_FILM * stride))
-            for step in tqdm(steps, "film", unit="step", leave=False, disable=None):
+            for step in progress_bar(range(LONGEST_FILM * stride), "film"):
                 if step % stride == 0:
                     image = Image.fromarray(env.render()).quantize()
                     if step == 0:
@@ -1212,19 +1254,27 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
                 if terminated[0] or truncated[0]:
                     break
             file.write(b";")  # the end of a GIF
-        say(f"film {path}")
+        os.replace(new, path)
+        say(f"film {short(path)}")
     except Exception as error:  # every renderer raises types of its own
+        new.unlink(missing_ok=True)
         say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
 
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
     file = file or sys.stdout
-    with suppress(OSError, ValueError), tqdm.external_write_mode(file):
+    with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
             print(text, file=file, flush=True)
         except UnicodeEncodeError:
             print(text.encode("ascii", "replace").decode(), file=file, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line that this process has not printed before."""
+    say(text)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1233,14 +1283,19 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
-    """Write checkpoint.pt, and return its path. A crash leaves the old file or the new one."""
+class SaveError(OSError):
+    """A checkpoint can't be written. The message is one line."""
+
+
+def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
+    """Write checkpoint.pt. A crash leaves the old file or the new one. Raises SaveError."""
     new = Path(run_dir, "checkpoint.tmp")
-    path = Path(run_dir, "checkpoint.pt")
-    torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+    try:
+        torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+    except (OSError, RuntimeError) as error:
+        raise SaveError(f"can't write {new}: {first_line(error)}") from error
     load_checkpoint(str(new))  # never replace a good file by one that can't be read
-    os.replace(new, path)
-    return str(path)
+    os.replace(new, Path(run_dir, "checkpoint.pt"))
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1260,7 +1315,7 @@ def load_checkpoint(path: str) -> dict:
     names = {field.name for field in fields(Args)}
     unknown = sorted(saved["args"].keys() - names)
     if unknown:
-        say(f"{path} has flags that this script does not know; ignored: {', '.join(unknown)}")
+        say_once(f"{path} has flags that this script does not know: ignored {', '.join(unknown)}")
     kept = {name: value for name, value in saved["args"].items() if name in names}
     saved["args"] = asdict(Args(**kept))
     return saved
@@ -1278,20 +1333,23 @@ def load_policy(path: str) -> Policy:
     high = np.array(spaces["action_high"], dtype)
     action_space = gym.spaces.Box(low, high, dtype=dtype)
     policy = Policy(tuple(spaces["obs_shape"]), action_space, Args(**saved["args"]))
-    policy.load_state_dict(saved["policy"])
-    return policy
+    try:
+        policy.load_state_dict(saved["policy"])
+    except RuntimeError as error:
+        raise InputError(f"{path} has other networks than this {SCRIPT}.py") from error
+    return policy.eval()
 
 
 def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
     """Return the rows of a progress.csv up to `last_step`. Leaves out what is damaged."""
     rows = []
     with suppress(OSError, csv.Error):
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()  # without a cut-off last line
         for row in csv.DictReader(lines):
             with suppress(KeyError, TypeError, ValueError):
-                whole = None not in row and None not in row.values() and float(row["seconds"]) >= 0
-                if whole and int(row["step"]) <= last_step:
+                whole = None not in row and None not in row.values()
+                if whole and int(row["step"]) <= last_step and math.isfinite(float(row["seconds"])):
                     rows.append(row)
     return rows
 
@@ -1302,25 +1360,39 @@ class Log:
     def __init__(self, args: Args, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
-        self.folder = Path(args.resume).parent if args.resume else Path(args.run_dir or default)
-        self.run_dir = self.folder.absolute()  # an environment may change the working directory
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.open_files(args, step)
         except OSError as error:
-            why = f"{error.strerror}; name a folder that can be made"
-            raise InputError(f"--run-dir {self.folder}: {why}") from error
+            why = f"{first_line(error)}; name a folder that can be made"
+            raise InputError(f"--run-dir {short(self.run_dir)}: {why}") from error
+        self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
+        self.bar = None
+        self.step = step
+        self.last = self.last_line = time.monotonic()
+        self.total = args.planned_steps
+
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {short(self.run_dir)}")
+        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
+        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
+        say(size + (f", from {step:,}" if step else ""))
+        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
+        say(f"device {args.torch_device} ({why})")
+        if step + args.batch_size > args.total_timesteps:
+            say("nothing is left to train: a larger --total-timesteps continues")
+
+    def open_files(self, args: Args, step: int) -> None:
+        """Write the configuration, and open progress.csv behind its rows up to `step`."""
         config = {"args": asdict(args), "device": str(args.torch_device)}
         config["python"] = sys.version.split()[0]
         config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
-        if FILE:
-            config["script_sha256"] = hashlib.sha256(Path(FILE).read_bytes()).hexdigest()
+        if SOURCE.is_file():
+            config["script_sha256"] = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
         name = f"config-{step}.json" if args.resume else "config.json"
         write_json(self.run_dir / name, config)
 
-        self.total = args.planned_steps
-        if step < self.total:
+        if step + args.batch_size <= args.total_timesteps:
             (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
         path = self.run_dir / "progress.csv"
         rows = whole_rows(path, step) if step else []
@@ -1334,19 +1406,6 @@ class Log:
                 writer.writerows(rows)
         os.replace(new, path)
         self.file = path.open("a", buffering=1, newline="")
-        self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        self.bar = None
-        self.step = step
-        self.last = self.last_line = time.monotonic()
-
-        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.folder}")
-        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
-        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
-        say(size + (f", from {step:,}" if step else ""))
-        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
-        say(f"device {args.torch_device} ({why})")
-        if step >= self.total:
-            say("nothing is left to train: a larger --total-timesteps continues")
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of one iteration that ended at `step`."""
@@ -1355,7 +1414,8 @@ class Log:
         metrics = {"SPS": sps} | metrics
         if self.bar is None:  # the first iteration may print lines
             options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
-            self.bar = tqdm(initial=self.step, total=self.total, disable=None, **options)
+            hidden = not is_terminal(sys.stderr)
+            self.bar = tqdm(initial=self.step, total=self.total, disable=hidden, **options)
         self.step = step
         self.last += elapsed
         self.seconds += elapsed
@@ -1367,8 +1427,8 @@ class Log:
         kl = f"{metrics['kl']:.4f}"
         self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
         self.bar.update(step - self.bar.n)
-        terminal = sys.stdout is not None and sys.stdout.isatty()
-        if not terminal and self.last - self.last_line >= LINE_SECONDS:
+        seen = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        if not seen and self.last - self.last_line >= LINE_SECONDS:
             self.last_line = self.last
             done = f"step {step:,} of {self.total:,}"
             say(f"{done}  return {mean_return}  kl {kl}  {sps:.0f} steps/s")
@@ -1454,24 +1514,34 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_type(name: str, value: object, kind: object) -> None:
+    """Raise InputError unless the value of a flag is of the type that Args declares."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
+    elif get_origin(kind) is tuple:
+        whole = isinstance(value, tuple) and all(type(x) is int for x in value)
+        require(whole, f"{name} {value!r} must be a tuple of whole numbers")
+    elif set(kinds) <= {bool, int, float, str, type(None)}:
+        numbers = kinds + (int,) if float in kinds else kinds
+        names = " or ".join(x.__name__ for x in kinds)
+        require(isinstance(value, numbers), f"{name} {value!r} must be of type {names}")
+        require(value != "", f"{name} is empty")
+
+
 def check_args(args: Args) -> Args:
-    """A copy with plain Python values. Raises InputError for values that can't be trained with."""
+    """Return a copy with plain values and whole paths. Raises InputError for what can't be used."""
     args = replace(args, **to_python(asdict(args)))
     for field in fields(args):
         name = flag(field.name)
         value = getattr(args, field.name)
-        storable = isinstance(value, str | int | float | tuple | list | dict | None)
-        require(storable, f"{name} {value!r} can't be stored in a checkpoint")
-        if get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            require(value in choices, f"{name} {value!r}: choose from {', '.join(choices)}")
-        if field.type in (int, float, int | float):
-            require(isinstance(value, int | float), f"{name} {value!r} must be a number")
-        if field.type in (int, int | float):
-            require(value % 1 == 0, f"{name} {value} must be a whole number")
-            setattr(args, field.name, int(value))
         if isinstance(value, list):
-            setattr(args, field.name, tuple(value))
+            value = tuple(value)
+        if field.type in (int, int | float) and isinstance(value, float):
+            require(value % 1 == 0, f"{name} {value} must be a whole number")
+            value = int(value)
+        check_type(name, value, field.type)
+        setattr(args, field.name, value)
     for names, holds, what in RANGES:
         for name in names.split():
             value = getattr(args, name)
@@ -1494,22 +1564,34 @@ def check_args(args: Args) -> Args:
     require(taken or not args.paper, "paper=True changes nothing in Python: write Args(**PAPER)")
     check_algorithm_args(args)
     try:
-        torch.zeros(1, device=args.torch_device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=args.torch_device).item()
+    except Exception as error:  # every backend raises types of its own
         raise InputError(f"--device {args.device}: {first_line(error)}; try cpu") from error
-    make_envs(args.env_id, 1, args.seed).close()  # refuse a wrong one before any file is made
+
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the folder
+            setattr(args, name, str(Path(path).absolute()))
+    return args
+
+
+def check_environment(args: Args, spaces: dict | None) -> None:
+    """Raise InputError unless the environment fits: this script, a policy, --video-dir."""
+    envs = make_envs(args.env_id, 1, args.seed)
+    envs.close()
+    fits = spaces is None or spaces == envs.spaces
+    require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
     if args.video_dir:
-        args.video_dir = str(Path(args.video_dir).absolute())
         try:
             with closing(make_film_env(args.env_id, args.seed)) as envs:
                 envs.envs[0].render()
-        except InputError:
-            raise
         except Exception as error:  # every renderer raises types of its own
             why = f"{type(error).__name__}: {first_line(error)}"
             hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
             raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
-    return args
 
 
 def check_algorithm_args(args: Args) -> None:
@@ -1528,9 +1610,9 @@ def check_algorithm_args(args: Args) -> None:
         require(args.kl_coef > 0, f"--kl-coef 0 stays 0 with {surrogate}: raise it")
 
 
-def check_resume(args: Args, saved: dict) -> None:
+def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:
     """Raise InputError if args differ from a checkpoint's where they can't change."""
-    for name in FIXED_ON_RESUME:
+    for name in names:
         value = getattr(args, name)
         same = value == saved[name]
         require(same, f"{flag(name)} {value}: the checkpoint has {saved[name]}, which can't change")
@@ -1544,7 +1626,7 @@ def cli(default: Args) -> Args:
         defaults[name] = group(**{f.name: getattr(default, f.name) for f in fields(group)})
     flags = make_dataclass("Flags", groups.items())
     config = (tyro.conf.OmitArgPrefixes,)
-    description = __doc__.splitlines()[0]
+    description = (__doc__ or ALGORITHM).splitlines()[0]
     given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
     return Args(**{k: v for name in groups for k, v in vars(getattr(given, name)).items()})
 
@@ -1568,11 +1650,10 @@ def parse_args() -> Args:
 def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
     """Run --evaluate: print the scores of a checkpoint, and film it if --video-dir is given."""
     args = check_args(args)
+    saved = load_checkpoint(args.evaluate)
+    check_fixed(args, saved["args"], FIXED_ON_EVALUATION)
     policy = load_policy(args.evaluate)
-    with closing(make_envs(args.env_id, 1, args.seed)) as envs:
-        fits = policy.obs_stats.mean.shape == envs.obs.shape[1:]
-        fits = fits and policy.action_map.low.shape == envs.action_space.shape
-        require(fits, f"--env-id {args.env_id} has other sizes than the policy of {args.evaluate}")
+    check_environment(args, saved["spaces"])
     evaluate_policy(policy, args, signals)
     if args.video_dir:
         film(policy, args, signals)
@@ -1608,11 +1689,14 @@ def main() -> int:
     except InputError as error:
         say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except NonFiniteError as error:
         say(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", sys.stderr)
         return 1
+    except SaveError as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        pass
+        return 128 + (signals[0] if signals else signal.SIGINT)
     finally:
         try:
             print(end="", flush=True)
@@ -1621,5 +1705,5 @@ def main() -> int:
     return 128 + signals[0] if signals else 0
 
 
-if __name__ == "__main__" and FILE:
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -202,9 +204,10 @@ def test_fields_that_a_checkpoint_lacks_or_that_are_no_more(script, tmp_path, ca
     args = script.Args(**script.load_checkpoint(path)["args"])
     assert args.gamma == script.Args().gamma and args.gamma_final is None
     out = capsys.readouterr().out
-    assert out.count("ignored: also_gone, gone") == 1
     args = dataclasses.replace(args, resume=path, total_timesteps=128)
     assert script.train(args)["steps"] == 128
+    out += capsys.readouterr().out
+    assert out.count("does not know: ignored also_gone, gone") == 1
 
 
 NUMBERS = {
@@ -239,11 +242,16 @@ def test_arguments_may_be_numbers_of_any_library(script, tmp_path, name):
     [
         ({"surrogate": "klip"}, "--surrogate 'klip': choose from clip, kl-adaptive"),
         ({"compile": True}, "--compile True: choose from auto, on, off"),
-        ({"num_envs": "4"}, "--num-envs '4' must be a number"),
+        ({"num_envs": "4"}, "--num-envs '4' must be of type int"),
+        ({"hidden_sizes": 64}, "--hidden-sizes 64 must be a tuple of whole numbers"),
+        ({"hidden_sizes": (64.0, 8)}, "--hidden-sizes (64.0, 8) must be a tuple of whole numbers"),
+        ({"gamma_final": "0.99"}, "--gamma-final '0.99' must be of type float or NoneType"),
+        ({"norm_obs": None}, "--norm-obs None must be of type bool"),
+        ({"resume": ""}, "--resume is empty"),
         ({"num_envs": 2.5}, "--num-envs 2.5 must be a whole number"),
         ({"total_timesteps": math.inf}, "--total-timesteps inf must be a whole number"),
-        ({"gamma": None}, "--gamma None must be a number"),
-        ({"env_id": object()}, "can't be stored in a checkpoint"),
+        ({"gamma": None}, "--gamma None must be of type float"),
+        ({"env_id": gym.spec("Pendulum-v1")}, "must be of type str"),
         ({"paper": True}, "paper=True changes nothing in Python: write Args(**PAPER)"),
     ],
 )
@@ -361,14 +369,23 @@ def test_files_are_standard_json(script, tmp_path):
 
 
 @each_continuous
-def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch):
+@pytest.mark.parametrize("when", ["make", "reset", "step"])
+def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch, when):
     (tmp_path / "elsewhere").mkdir()
 
+    def leave(now):
+        if now == when:
+            os.chdir(tmp_path / "elsewhere")
+
     def step(env):
-        os.chdir(tmp_path / "elsewhere")
+        leave("step")
         return env.obs(), 1.0, False, env.time >= 10, {}
 
-    toy(step=step)
+    def reset(env):
+        leave("reset")
+        return env.obs(), {}
+
+    toy(step=step, reset=reset, make=lambda count: leave("make"))
     monkeypatch.chdir(tmp_path)
     changes = {"env_id": "Toy-v0", "total_timesteps": 128, "eval_episodes": 1, "run_dir": "mine"}
     result = train_small(script, tmp_path, **changes)
@@ -378,6 +395,92 @@ def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch
     assert result["run_dir"] == str(tmp_path / "mine") and Path(result["checkpoint"]).exists()
     assert not list((tmp_path / "elsewhere").iterdir())
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "elsewhere"}
+
+
+@each_continuous
+def test_an_environment_that_fails_to_close_costs_nothing(script, tmp_path, toy, monkeypatch):
+    def close(env):
+        if env.count:
+            raise RuntimeError("the simulator is gone")
+
+    toy()
+    monkeypatch.setattr(Toy, "close", close)
+    changes = {"env_id": "Toy-v0", "total_timesteps": 192, "eval_episodes": 1}
+    with pytest.warns(UserWarning, match="the simulator is gone"):
+        result = train_small(script, tmp_path, **changes)
+    assert script.load_checkpoint(result["checkpoint"])["step"] == 192
+    assert result["eval_return"] == 10
+
+
+@each_continuous
+def test_a_checkpoint_that_can_not_be_written_is_tried_again(script, tmp_path, monkeypatch, capsys):
+    save, tries = torch.save, []
+
+    def failing(*inputs):
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("basic_ios::clear: iostream error")
+        save(*inputs)
+
+    monkeypatch.setattr(torch, "save", failing)
+    assert train_small(script, tmp_path, total_timesteps=128)["steps"] == 128
+    assert script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] == 128
+    assert "checkpoint.tmp: basic_ios" in capsys.readouterr().out
+
+
+def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
+    tmp_path, monkeypatch, command, capsys
+):
+    def failing(*inputs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", failing)
+    flags = small_flags(total_timesteps=128)
+    assert command(ppo, flags, "--run-dir", tmp_path / "run") == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and len(err.splitlines()) == 1
+
+
+@each_continuous
+def test_a_folder_that_can_not_be_written_is_one_line(script, tmp_path):
+    result = train_small(script, tmp_path, total_timesteps=64)
+    progress = Path(result["run_dir"], "progress.csv")
+    progress.unlink()
+    progress.mkdir()
+    args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
+    with pytest.raises(script.InputError, match="name a folder that can be made"):
+        script.train(args)
+
+
+@each_continuous
+def test_a_checkpoint_of_other_networks_is_one_line(script, tmp_path, monkeypatch):
+    result = train_small(script, tmp_path, total_timesteps=64)
+    monkeypatch.setattr(script, "mlp", lambda sizes, **_: torch.nn.Sequential(
+        torch.nn.Linear(sizes[0], sizes[-1])))  # fmt: skip
+    args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
+    with pytest.raises(script.InputError, match="has other networks than this"):
+        script.train(args)
+
+
+@each_continuous
+def test_a_checkpoint_of_other_bounds_is_one_line(script, tmp_path, toy):
+    toy()
+    changes = {"env_id": "Toy-v0", "total_timesteps": 64}
+    result = train_small(script, tmp_path, **changes)
+    toy(action_space=gym.spaces.Box(-7, 7, (1,)))
+    args = make_args(script, **(changes | {"total_timesteps": 128}), resume=result["checkpoint"])
+    with pytest.raises(script.InputError, match="other spaces than the environment of the check"):
+        script.train(args)
+
+
+@each_continuous
+def test_a_smaller_horizon_leaves_a_finished_run_as_it_is(script, tmp_path):
+    result = train_small(script, tmp_path, total_timesteps=192)
+    args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
+    assert script.train(args)["steps"] == 192
+    assert script.load_checkpoint(result["checkpoint"])["args"]["total_timesteps"] == 192
+    longer = make_args(script, total_timesteps=300, num_steps=50, resume=result["checkpoint"])
+    assert script.train(longer)["steps"] == 292  # never beyond --total-timesteps
 
 
 @each_continuous
@@ -469,6 +572,7 @@ def test_a_film_that_fails_costs_nothing_else(script, tmp_path, monkeypatch, cap
     result = train_small(script, tmp_path, video_dir=str(tmp_path / "films"), **changes)
     assert result["eval_return"] == 3.0 and Path(result["run_dir"], "eval.json").exists()
     assert "no film" in capsys.readouterr().out
+    assert not list((tmp_path / "films").iterdir())
 
 
 def test_a_film_that_can_not_be_made_is_refused_before_training(
@@ -488,7 +592,8 @@ def test_a_film_is_written_frame_by_frame(script, tmp_path, monkeypatch):
     noise = np.random.default_rng(0)
 
     def render(env):
-        sizes.append(film.stat().st_size if film.exists() else 0)
+        part = film.with_suffix(".tmp")
+        sizes.append(part.stat().st_size if part.exists() else 0)
         return noise.integers(0, 255, (64, 64, 3), np.uint8)
 
     monkeypatch.setattr(Chain, "render", render)
@@ -497,7 +602,7 @@ def test_a_film_is_written_frame_by_frame(script, tmp_path, monkeypatch):
     changes = {"env_id": "Endless-v0", "total_timesteps": 64, "video_dir": str(film.parent)}
     train_small(script, tmp_path, **changes)
     del gym.registry["Endless-v0"]
-    assert len(sizes) == 51 and sizes[-1] > sizes[len(sizes) // 2] > sizes[5] > 0
+    assert len(sizes) == 51 and film.exists() and sizes[-1] > sizes[len(sizes) // 2] > sizes[5] > 0
 
 
 @each_continuous
@@ -512,6 +617,14 @@ def test_the_camera_follows_the_robot(script, env_id, follows):
         assert mujoco.mj_id2name(renderer.model, kind, camera) == "track"
     else:
         assert camera == -1
+    envs.close()
+
+
+@each_continuous
+def test_an_environment_keeps_its_own_camera(script, monkeypatch):
+    monkeypatch.setitem(gym.registry["Hopper-v5"].kwargs, "camera_id", 0)
+    envs = script.make_film_env("Hopper-v5", seed=0)
+    assert envs.envs[0].unwrapped.mujoco_renderer.camera_id == 0
     envs.close()
 
 
@@ -539,8 +652,8 @@ def test_nan_ends_the_run_and_keeps_the_last_checkpoint(
 @pytest.mark.parametrize(
     "norm_obs, value, said",
     [
-        (False, 1e12, "observations beyond 1e+10, iteration 1"),
-        (False, -1e12, "observations beyond 1e+10, iteration 1"),
+        (False, 1e12, "observations beyond 1e+10, iteration 1: add --norm-obs"),
+        (False, -1e12, "observations beyond 1e+10, iteration 1: add --norm-obs"),
         (True, 1e200, "observations beyond 1e+100, iteration 1"),
         (True, -np.inf, "NaN or infinity in observations, iteration 1"),
     ],
@@ -548,7 +661,7 @@ def test_nan_ends_the_run_and_keeps_the_last_checkpoint(
 def test_observations_that_can_not_be_trained_on(script, toy, norm_obs, value, said):
     toy(step=lambda env: (np.array([0, value]), 1.0, False, env.time >= 10, {}))
     args = make_args(script, env_id="Toy-v0", norm_obs=norm_obs, total_timesteps=64)
-    with pytest.raises(FloatingPointError, match=re.escape(said)):
+    with pytest.raises(script.NonFiniteError, match=re.escape(said)):
         list(script.GENERATOR(args))
 
 
@@ -602,7 +715,12 @@ def test_diverging_training_is_reported(tmp_path, command, capsys):
             "--surrogate kl-adaptive --no-anneal-lr --return-floor 0 --kl-coef 0",
             "--kl-coef 0 stays 0",
         ),
-        ("--evaluate {checkpoint} --env-id Hopper-v5", "other sizes than the policy"),
+        ("--evaluate {checkpoint} --env-id Hopper-v5", "other spaces than the environment"),
+        ("--evaluate {checkpoint} --hidden-sizes 32", "--hidden-sizes (32,): the checkpoint has"),
+        ("--resume ''", "--resume is empty"),
+        ("--device meta", "--device meta"),
+        ("--kl-coef 2", "--kl-coef has no effect with --surrogate clip"),
+        ("--surrogate kl-fixed --kl-target 2", "--kl-target has no effect"),
         ("--evaluate {checkpoint} --eval-episodes 0", "--eval-episodes of 1 or more"),
         ("--resume {foreign}", "was written by trpo_continuous.py"),
         ("--resume {checkpoint} --env-id Hopper-v5", "--env-id"),
@@ -611,9 +729,7 @@ def test_diverging_training_is_reported(tmp_path, command, capsys):
         ("--run-dir {folder}", "File exists"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path, monkeypatch, command, capsys, flags, message
-):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     result = ppo.train(make_args(ppo, total_timesteps=64, run_dir="run"))
     Path("garbage.pt").write_bytes(b"not a checkpoint")
@@ -624,7 +740,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     places |= {"older": "older.pt", "checkpoint": result["checkpoint"], "folder": "run"}
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
-    assert command(ppo, flags.format(**places)) == 2
+    monkeypatch.setattr(sys, "argv", [ppo.__file__, *shlex.split(flags.format(**places))])
+    assert ppo.main() == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert sorted(Path().rglob("*")) == before
@@ -709,9 +826,20 @@ def test_output_into_a_closed_pipe(script, tmp_path):
     assert (tmp_path / "run" / "eval.json").exists()
 
 
+class Tee:
+    """What users put in the place of stdout."""
+
+    def write(self, text):
+        pass
+
+
 @each_continuous
-def test_without_stdout(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", ["none", "closed", "tee"])
+def test_without_a_stream(script, tmp_path, monkeypatch, name, kind):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, name, {"none": None, "closed": closed, "tee": Tee()}[kind])
     assert train_small(script, tmp_path, total_timesteps=64, eval_episodes=1)["steps"] == 64
 
 
@@ -785,6 +913,15 @@ def test_the_file_pasted_into_a_notebook(script, tmp_path, monkeypatch, name):
     result = cell["train"](cell["Args"](**SMALL, total_timesteps=128))
     assert Path(result["checkpoint"]).exists()
     assert f"__{script.ALGORITHM}__" in Path(result["run_dir"]).name
+
+
+@POSIX
+def test_the_file_read_from_standard_input(tmp_path):
+    source = Path(ppo.__file__).read_text(encoding="utf-8")
+    command = [sys.executable, "-OO", "-", *small_flags(total_timesteps=128).split()]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    result = subprocess.run(command, input=source, **options)
+    assert result.returncode == 0 and result.stdout.startswith("ppo_continuous  Pendulum-v1")
 
 
 # ---- Signals ----
@@ -877,6 +1014,15 @@ def test_main_stops_for_a_signal_during_the_evaluation(tmp_path, monkeypatch, co
     assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 130
     assert ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] == 128
     assert not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_an_interrupt_that_an_environment_raises_is_no_success(tmp_path, toy, command):
+    def step(env):
+        raise KeyboardInterrupt
+
+    toy(step=step)
+    changes = {"env_id": "Toy-v0", "total_timesteps": 128}
+    assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 130
 
 
 @POSIX
