@@ -681,7 +681,7 @@ class Envs:
         return next_obs, rewards, terminated, truncated
 
     def wrong_result(self, i: int, result: object) -> InputError:
-        """The error for environment i, which returned `result`."""
+        """Return the error for environment i, which returned `result`."""
         parts = result if isinstance(result, tuple) else [result]
         types = [f"{getattr(x, 'dtype', type(x).__name__)}{getattr(x, 'shape', '')}" for x in parts]
         expected = f"an observation of type {self.obs.dtype} and shape {self.obs.shape[1:]}"
@@ -879,7 +879,7 @@ def same_kind(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type."""
+    """Return the first line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -927,7 +927,7 @@ def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int
 
 
 def mean_or_nan(values: Sequence[float]) -> float:
-    """The mean, NaN of nothing."""
+    """Return the mean, or NaN if there are no values."""
     return float(np.mean(values)) if values else math.nan
 
 
@@ -935,13 +935,13 @@ STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation"
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Seed of one of the random streams of a run. The streams differ."""
+    """Return the seed of one of the random streams of a run. The streams differ."""
     sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
     return int(sequence.generate_state(1)[0])
 
 
 def line(first: float, last: float, fraction: float) -> float:
-    """The value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
+    """Return the value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
     return (1 - fraction) * first + fraction * last
 
 
@@ -1007,7 +1007,8 @@ def ppo(
             raw = collect(envs, policy, rngs["exploration"], args.num_steps)
             check_rollout(raw, iteration, args.norm_obs)
             first = policy.obs_stats.count == 0
-            if first:  # its actions were sampled without statistics, π_old, V and ratio have these
+            # The first rollout was sampled without statistics. Its π_old, V and ratio have its own.
+            if first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
             rollout, running_sum = prepare(raw, policy, critic, running_sum, gamma, args)
 
@@ -1157,7 +1158,8 @@ def evaluate(
 
 def short(path: str | Path) -> Path:
     """Return a path relative to the present folder, if it lies inside."""
-    path, here = Path(path), Path.cwd()
+    path = Path(path)
+    here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
@@ -1176,7 +1178,7 @@ def progress_bar(steps: Iterable[int], name: str) -> Iterable[int]:
 
 
 def task_name(env_id: str) -> str:
-    """The last part of an id, for names of files."""
+    """Return the last part of an id, for names of files."""
     return env_id.replace(":", "/").split("/")[-1]
 
 
@@ -1510,7 +1512,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def flag(name: str) -> str:
-    """The flag of a field of Args."""
+    """Return the flag of a field of Args."""
     return "--" + name.replace("_", "-")
 
 
