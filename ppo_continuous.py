@@ -43,21 +43,21 @@ Equation map
     Kingma Algorithm 1             Adam                      m, v, θ
 
 Departures from the PPO paper that no flag reverts (PAPER below lists the others)
-    When a time limit ends an episode, γ V(final observation) is added to its last reward
-    (Pardo eq. 6).
-    Actions are clipped to [-1, 1] and scaled to the bounds of the environment. log π(a|s) is that
-    of the action before clipping.
+    When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
+    Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
+    bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
     The networks share no weights, and Adam and gradient clipping by network nearly cancel a factor
     of L^VF. So c1 of PPO eq. 9 is left out: c1 = 1.
     The adaptive β stays in [1e-8, 1e8].
     Adam's ε is 1e-5. The paper names none, Kingma's is 1e-8.
 
-A resumed run restarts unfinished episodes. If every episode ends at the end of an iteration, it
-equals the uninterrupted run bit for bit.
+A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
+run equals the uninterrupted run bit for bit.
 """
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -140,7 +140,7 @@ class AlgorithmArgs:
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True
     log_std_init: float = -1.0  # log σ at the start
-    # log σ at the end. σ goes there on a straight line. None: σ is learned, from log_std_init
+    # log σ approached at the end, on a straight line in σ. None: σ is learned, from log_std_init
     log_std_final: float | None = -3.0
 
 
@@ -169,7 +169,7 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the las
 PAPER = {  # --paper: PPO section 6.1 and Table 3
     "num_envs": 1,  # one long rollout instead of several short ones
     "num_steps": 2048,
-    "norm_obs": False,  # so the policy that samples the first rollout is π_old, too
+    "norm_obs": False,  # the paper does not mention normalization
     "norm_reward": False,
     "learning_rate": 3e-4,
     "anneal_lr": False,
@@ -183,7 +183,7 @@ PAPER = {  # --paper: PPO section 6.1 and Table 3
 }
 
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
-HUGE = 1e10  # larger action bounds count as none; larger observations need norm_obs
+HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
 class InputError(ValueError):
@@ -191,7 +191,7 @@ class InputError(ValueError):
 
 
 class NonFiniteError(FloatingPointError):
-    """NaN or infinity. The message is one line that says where it first appeared."""
+    """NaN, infinity or a number too large to train on. The message says where it appeared."""
 
 
 # ---- Equations -----------------------------------------------------------------------------------
@@ -309,11 +309,14 @@ class Policy(nn.Module):
             self.register_buffer("log_std", log_std)
         self.action_map = ActionMap(action_space)
 
-    def normalize(self, obs: Tensor) -> Tensor:
+    def normalize(self, obs: Tensor | np.ndarray) -> Tensor:
         """Normalize raw observations (…, O) for both networks (Engstrom section 3, items 6 and 7).
 
-        Computes in float64 on the CPU. Returns the dtype and device of the networks.
+        Takes a tensor or an array. Computes in float64 on the CPU. Returns the dtype and device of
+        the networks.
         """
+        if not isinstance(obs, Tensor):
+            obs = torch.from_numpy(np.array(obs, np.float64))
         assert obs.shape[-1:] == self.obs_stats.mean.shape
         obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
@@ -325,7 +328,7 @@ class Policy(nn.Module):
         """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for normalized observations (…, O)."""
         return self.mean_net(inputs), self.log_std
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for raw observations (…, O)."""
         return self.mean_and_log_std(self.normalize(obs))
 
@@ -341,7 +344,7 @@ class Policy(nn.Module):
 
         Without `rng` the noise comes from PyTorch's global generator.
         """
-        mean, log_std = self(torch.from_numpy(np.array(obs, np.float64)))
+        mean, log_std = self(obs)
         return mean + log_std.exp() * torch.randn(mean.shape, generator=rng).to(mean)
 
     def to_env(self, samples: Tensor) -> np.ndarray:
@@ -355,7 +358,7 @@ class Policy(nn.Module):
         """Return the mean action or a sample for raw observations (…, O), as `to_env` gives it."""
         if not deterministic:
             return self.to_env(self.sample(obs, rng))
-        mean, _ = self(torch.from_numpy(np.array(obs, np.float64)))
+        mean, _ = self(obs)
         return self.to_env(mean)
 
 
@@ -426,8 +429,8 @@ def ppo_loss(
 def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
 
-    g is the gradient of one network as one vector; Engstrom takes both networks together.
-    Returns the clipped g (P,) and the norm before.
+    g is the gradient of one network as one vector. Engstrom takes both networks together.
+    Returns the clipped g (P,) and the norm before clipping.
     """
     flat = torch.cat([g.flatten() for g in grads])
     norm = flat.norm()
@@ -560,7 +563,8 @@ def update(
     """K epochs of minibatches over one prepared rollout (PPO Algorithm 1). Returns metrics.
 
     `train_step` is minibatch_step, compiled or not. metrics["kl"] is d of PPO section 4: the mean
-    of KL[π_old, π] over the rollout after the last epoch. The others are means over minibatches.
+    of KL[π_old, π] over the rollout after the last epoch. explained_variance and action_std are
+    those before the update, learning_rate is the one used. The rest are means over minibatches.
     """
     with torch.no_grad():
         mean_old, log_std_old = policy.mean_and_log_std(rollout.obs)
@@ -569,14 +573,16 @@ def update(
     adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
     if args.norm_reward and args.return_floor > 0:
-        adam.lr *= floor_factor(returns, args.return_floor)  # until ppo sets it again
+        adam.lr *= floor_factor(returns, args.return_floor)  # for this iteration only
 
     history = []
-    beta_tensor = torch.tensor(beta, device=adv.device)  # each number would compile a new graph
+    beta_tensor = torch.tensor(
+        beta, device=adv.device
+    )  # a float would compile a graph for each value
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             adv, returns, _ = advantages(critic, rollout, gamma, args)
-        batch = Batch(
+        batch = Batch(  # (T, N, …), flattened below
             inputs=rollout.obs,
             actions=rollout.actions,
             mean_old=mean_old,
@@ -587,7 +593,7 @@ def update(
             returns=returns,
         )
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        shuffled = [x.flatten(0, 1)[order] for x in batch]  # (T, N, …) to (B, …)
+        shuffled = [x.flatten(0, 1)[order] for x in batch]  # (B, …)
         chunks = [x.chunk(args.num_minibatches) for x in shuffled]
         for minibatch in zip(*chunks, strict=True):
             metrics = train_step(policy, critic, adam, Batch(*minibatch), beta_tensor, args)
@@ -705,7 +711,7 @@ class Rollout(NamedTuple):
 
 
 def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run the policy for T steps in each environment (PPO Algorithm 1). Raw, on the CPU."""
+    """Run the policy for T steps in each environment (PPO Algorithm 1). Returns raw values."""
     steps = []
     for _ in range(num_steps):
         obs = envs.obs
@@ -739,7 +745,7 @@ def rolling_discounted_sums(
 def prepare(
     raw: Rollout, policy: Policy, critic: Critic, running_sum: Tensor, gamma: float, args: Args
 ) -> tuple[Rollout, Tensor]:
-    """Normalize observations, scale rewards and move all to the device of the networks.
+    """Update reward_stats, normalize observations, scale rewards, and move all to the device.
 
     Rewards are divided by the std of their rolling discounted sum (Engstrom section 3, items 2
     and 5). Returns the rollout and the running sum of the next one.
@@ -816,12 +822,10 @@ def make_envs(
     env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
 ) -> Envs:
     """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError."""
-    with suppress(Exception):  # MuJoCo repeats this warning and logs it to ./MUJOCO_LOG.TXT
+    with suppress(Exception):
         import mujoco
 
-        mujoco.set_mju_user_warning(
-            lambda text: None if "settotalmass" in text else print(text, file=sys.stderr)
-        )
+        mujoco.set_mju_user_warning(mujoco_warning)
     if env_id.count(":") > 1 or env_id.startswith(":"):
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     envs = []
@@ -837,27 +841,32 @@ def make_envs(
         raise
 
 
+def mujoco_warning(text: str) -> None:
+    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    if "settotalmass" not in text:
+        print(text, file=sys.stderr)
+
+
 def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
     obs = env.observation_space
     actions = env.action_space
-    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.shape[0] > 0
+    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
-    if flat_obs and flat_actions and np.issubdtype(actions.dtype, np.floating):
+    float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
+    if flat_obs and float_actions and obs.shape[0] > 0 and actions.shape[0] > 0:
         return
-    space = actions if flat_obs else obs
+    space = obs if float_actions else actions
+    hint = "No script here takes it"
     images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
     if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
-        space = actions
         hint = "acer_discrete.py takes discrete actions"
         if actions.start != 0:
             hint += " from 0: shift them with the wrapper TransformAction"
-    elif flat_actions and not flat_obs:
-        hint = "wrap it in FlattenObservation"
-    else:
-        hint = "no script here takes it"
+    elif float_actions and not flat_obs:
+        hint = "Wrap it in FlattenObservation"
     needs = "this script needs a flat Box of observations and a flat Box of float actions"
-    raise InputError(f"--env-id {env_id} has {space}: {needs}; {hint}")
+    raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
 
 
 def close_all(envs: list[gym.Env]) -> None:
@@ -1007,7 +1016,8 @@ def ppo(
             raw = collect(envs, policy, rngs["exploration"], args.num_steps)
             check_rollout(raw, iteration, args.norm_obs)
             first = policy.obs_stats.count == 0
-            # The first rollout was sampled without statistics. Its π_old, V and ratio have its own.
+            # The first rollout is sampled without statistics. They are then computed from it, and
+            # π_old, V and the ratio use them.
             if first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
             rollout, running_sum = prepare(raw, policy, critic, running_sum, gamma, args)
@@ -1023,10 +1033,10 @@ def ppo(
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
 
             step += args.batch_size
-            state |= {name: module.state_dict() for name, module in modules.items()}
-            state |= {name: rng.get_state() for name, rng in rngs.items()}
-            state |= {"step": step, "beta": beta, "episodes": list(envs.episodes)}
-            state |= {"env_rng_states": list(envs.rng_states), "spaces": envs.spaces}
+            state.update({name: module.state_dict() for name, module in modules.items()})
+            state.update({name: generator.get_state() for name, generator in rngs.items()})
+            state.update(step=step, beta=beta, episodes=list(envs.episodes))
+            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
             metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
             metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
             yield metrics
@@ -1042,9 +1052,16 @@ WHY_AUTO = "the networks are small"  # for the device that --device auto takes
 THREADS = 1  # of PyTorch. More do not help networks this small
 FIXED_ON_EVALUATION = ("norm_obs", "hidden_sizes")
 FIXED_ON_RESUME = (
-    *FIXED_ON_EVALUATION,
-    *("env_id", "seed", "num_envs", "norm_reward", "orthogonal_init"),
-    *("log_std_init", "log_std_final", "kl_coef"),
+    "norm_obs",
+    "hidden_sizes",
+    "env_id",
+    "seed",
+    "num_envs",
+    "norm_reward",
+    "orthogonal_init",
+    "log_std_init",
+    "log_std_final",
+    "kl_coef",
 )
 RANGES = (
     (
@@ -1094,9 +1111,11 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     if args.resume:
         state = load_checkpoint(args.resume)
         check_fixed(args, state["args"], FIXED_ON_RESUME)
-        load_policy(args.resume)  # refuses one of other networks
+        load_policy(args.resume)  # raises InputError if the networks differ
     start = state.get("step", 0)
     check_environment(args, state.get("spaces"))
+    if args.video_dir:
+        check_film(args)
     torch.set_num_threads(THREADS)
     with Log(args, start) as log:
         saved_at = -math.inf
@@ -1108,7 +1127,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
                     try:
                         save_checkpoint(log.run_dir, args, state)
                     except SaveError as error:
-                        say(f"{error}; the next try is in a minute")
+                        say(f"{error}. The next try is in a minute")
                 if _signals:
                     break
         checkpoint = str(log.run_dir / "checkpoint.pt")
@@ -1135,11 +1154,11 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
 def evaluate(
     act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int
 ) -> list[float]:
-    """Raw returns of one whole episode in each of `episodes` environments.
+    """Return the raw returns of one whole episode in each of `episodes` environments.
 
-    `act` maps raw observations (episodes, O) to actions of the environment (episodes, A). Each
-    environment counts once. Otherwise short episodes would count more often. An episode that does
-    not end within LONGEST_EVALUATION steps is left out, and a line says so.
+    `act` maps raw observations (episodes, O) to actions of the environment (episodes, A). Only the
+    first episode of each environment counts, so that short episodes do not count more often. One
+    that does not end within LONGEST_EVALUATION steps is left out, and a line says so.
     """
     totals = np.zeros(episodes)
     running = np.ones(episodes, bool)
@@ -1152,7 +1171,7 @@ def evaluate(
                 break
     if running.any():
         limit = f"within {LONGEST_EVALUATION:,} steps"
-        say(f"{running.sum()} of {episodes} episodes did not end {limit}; they are left out")
+        say(f"{running.sum()} of {episodes} episodes did not end {limit}. They are left out")
     return totals[~running].tolist()
 
 
@@ -1259,8 +1278,10 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
         os.replace(new, path)
         say(f"film {short(path)}")
     except Exception as error:  # every renderer raises types of its own
-        new.unlink(missing_ok=True)
         say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -1294,10 +1315,10 @@ def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
     new = Path(run_dir, "checkpoint.tmp")
     try:
         torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
-    except (OSError, RuntimeError) as error:
-        raise SaveError(f"can't write {new}: {first_line(error)}") from error
-    load_checkpoint(str(new))  # never replace a good file by one that can't be read
-    os.replace(new, Path(run_dir, "checkpoint.pt"))
+        load_checkpoint(str(new))  # never replace a good file by one that can't be read
+        os.replace(new, Path(run_dir, "checkpoint.pt"))
+    except (OSError, RuntimeError, InputError) as error:
+        raise SaveError(f"can't save a checkpoint in {run_dir}: {first_line(error)}") from error
 
 
 def load_checkpoint(path: str) -> dict:
@@ -1367,12 +1388,14 @@ class Log:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
             self.open_files(args, step)
         except OSError as error:
-            why = f"{first_line(error)}; name a folder that can be made"
-            raise InputError(f"--run-dir {short(self.run_dir)}: {why}") from error
+            name = "--resume" if args.resume else "--run-dir"
+            why = f"{first_line(error)}. Name a folder that can be written"
+            raise InputError(f"{name} {short(self.run_dir)}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         self.bar = None
         self.step = step
-        self.last = self.last_line = time.monotonic()
+        self.last = time.monotonic()
+        self.last_line = self.last
         self.total = args.planned_steps
 
         say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {short(self.run_dir)}")
@@ -1436,7 +1459,7 @@ class Log:
             say(f"{done}  return {mean_return}  kl {kl}  {sps:.0f} steps/s")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row of progress.csv, and TensorBoard scalars."""
+        """Write one row of progress.csv and the TensorBoard scalars."""
         row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
         for name, value in metrics.items():
             row[name] = "" if math.isnan(value) else f"{value:.6g}"
@@ -1446,7 +1469,9 @@ class Log:
         if self.columns is None:
             self.columns = list(row)
             self.file.write(",".join(self.columns) + "\n")
-        writer = csv.DictWriter(self.file, self.columns, "", "ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            self.file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
+        )
         writer.writerow(row)
 
     def end_training(self, state: dict) -> None:
@@ -1454,8 +1479,10 @@ class Log:
         if self.bar is not None:
             self.bar.close()
         returns = [ret for ret, _ in state["episodes"]]
-        mean = f"{mean_or_nan(returns):.1f}" if returns else "unknown"
-        say(f"mean return of the last {len(returns)} training episodes {mean}")
+        text = (
+            f"mean return of the last {len(returns)} training episodes {mean_or_nan(returns):.1f}"
+        )
+        say(text if returns else "no training episode ended")
 
     def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
         """Write eval.json, and the deterministic score for TensorBoard."""
@@ -1474,7 +1501,7 @@ class Log:
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
-    """`function` as one compiled graph if --compile asks for it and PyTorch can, else as it is."""
+    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
     torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
@@ -1568,32 +1595,44 @@ def check_args(args: Args) -> Args:
     try:
         torch.zeros(1, device=args.torch_device).item()
     except Exception as error:  # every backend raises types of its own
-        raise InputError(f"--device {args.device}: {first_line(error)}; try cpu") from error
+        raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
 
     unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
     args.run_dir = args.run_dir or default
     for name in ("run_dir", "resume", "evaluate", "video_dir"):
         path = getattr(args, name)
-        if path is not None:  # an environment may change the folder
+        if path is not None:  # an environment may change the working directory
             setattr(args, name, str(Path(path).absolute()))
     return args
 
 
 def check_environment(args: Args, spaces: dict | None) -> None:
-    """Raise InputError unless the environment fits: this script, a policy, --video-dir."""
+    """Raise InputError unless the environment works with this script and with a checkpoint."""
     envs = make_envs(args.env_id, 1, args.seed)
     envs.close()
     fits = spaces is None or spaces == envs.spaces
     require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
-    if args.video_dir:
-        try:
-            with closing(make_film_env(args.env_id, args.seed)) as envs:
-                envs.envs[0].render()
-        except Exception as error:  # every renderer raises types of its own
-            why = f"{type(error).__name__}: {first_line(error)}"
-            hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
+    content = {"args": asdict(args), "spaces": envs.spaces, "env_rng_states": envs.rng_states}
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises many unrelated types
+        why = f"a checkpoint can't hold its flags or its environment: {first_line(error)}"
+        raise InputError(why) from error
+
+
+def check_film(args: Args) -> None:
+    """Raise InputError unless the environment can be rendered."""
+    try:
+        with closing(make_film_env(args.env_id, args.seed)) as envs:
+            envs.envs[0].render()
+    except Exception as error:  # every renderer raises types of its own
+        why = f"{type(error).__name__}: {first_line(error)}"
+        hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+        raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
 
 
 def check_algorithm_args(args: Args) -> None:
@@ -1608,7 +1647,8 @@ def check_algorithm_args(args: Args) -> None:
         require(args.kl_target == Args.kl_target, f"--kl-target has no effect with {surrogate}")
     else:
         why = f"{surrogate} needs a constant step size: add --no-anneal-lr --return-floor 0"
-        require(not args.anneal_lr and args.return_floor == 0, why)
+        floor = args.norm_reward and args.return_floor > 0
+        require(not args.anneal_lr and not floor, why)
         require(args.kl_coef > 0, f"--kl-coef 0 stays 0 with {surrogate}: raise it")
 
 
@@ -1630,7 +1670,10 @@ def cli(default: Args) -> Args:
     config = (tyro.conf.OmitArgPrefixes,)
     description = (__doc__ or ALGORITHM).splitlines()[0]
     given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
-    return Args(**{k: v for name in groups for k, v in vars(getattr(given, name)).items()})
+    values = {}
+    for name in groups:
+        values |= vars(getattr(given, name))
+    return Args(**values)
 
 
 def parse_args() -> Args:
@@ -1678,7 +1721,7 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            os.write(2, b"\nstopping after this iteration, a second signal kills\n")
+            os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:
         signal.signal(n, stop)
@@ -1692,7 +1735,7 @@ def main() -> int:
         say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", sys.stderr)
+        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
         say(f"{SCRIPT}.py: {error}", sys.stderr)
@@ -1704,7 +1747,7 @@ def main() -> int:
             print(end="", flush=True)
         except OSError:  # a closed pipe: send the rest to nobody, or Python prints an error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signals[0] if signals else 0
+    return (128 + signals[0]) if signals else 0
 
 
 if __name__ == "__main__" and "__file__" in globals():
