@@ -302,7 +302,7 @@ class Policy(nn.Module):
         self.mean_net = mlp(sizes, last_gain=0.01, orthogonal=args.orthogonal_init)
         self.log_std_init = args.log_std_init
         self.log_std_final = args.log_std_final
-        log_std = torch.full((action_dim,), args.log_std_init)
+        log_std = torch.full((action_dim,), float(args.log_std_init))
         if args.log_std_final is None:
             self.log_std = nn.Parameter(log_std)
         else:
@@ -1107,6 +1107,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     start from `Args(**load_checkpoint(path)["args"])`.
     """
     args = check_args(args)
+    require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
     state = {}
     if args.resume:
         state = load_checkpoint(args.resume)
@@ -1178,8 +1179,10 @@ def evaluate(
 def short(path: str | Path) -> Path:
     """Return a path relative to the present folder, if it lies inside."""
     path = Path(path)
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # outside, or the present folder is gone
+        return path
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -1318,6 +1321,8 @@ def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
         load_checkpoint(str(new))  # never replace a good file by one that can't be read
         os.replace(new, Path(run_dir, "checkpoint.pt"))
     except (OSError, RuntimeError, InputError) as error:
+        with suppress(OSError):
+            new.unlink()
         raise SaveError(f"can't save a checkpoint in {run_dir}: {first_line(error)}") from error
 
 
@@ -1338,7 +1343,9 @@ def load_checkpoint(path: str) -> dict:
     names = {field.name for field in fields(Args)}
     unknown = sorted(saved["args"].keys() - names)
     if unknown:
-        say_once(f"{path} has flags that this script does not know: ignored {', '.join(unknown)}")
+        say_once(
+            f"{Path(path).absolute()} has flags that this script does not know: ignored {', '.join(unknown)}"
+        )
     kept = {name: value for name, value in saved["args"].items() if name in names}
     saved["args"] = asdict(Args(**kept))
     return saved
@@ -1447,7 +1454,7 @@ class Log:
         try:
             self.write(step, metrics)
         except OSError as error:  # a full disk must not end the run
-            say(f"this iteration is not logged: {error}")
+            say_once(f"progress.csv and TensorBoard are not complete: {error}")
         mean_return = f"{metrics['episodic_return']:.1f}"
         kl = f"{metrics['kl']:.4f}"
         self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
@@ -1488,7 +1495,9 @@ class Log:
         """Write eval.json, and the deterministic score for TensorBoard."""
         write_json(self.run_dir / "eval.json", evaluation)
         if evaluation["deterministic"]:
-            self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
+            mean = np.mean(evaluation["deterministic"])
+            with suppress(OSError):
+                self.events.add_scalar("eval/return", mean, step)
 
     def __enter__(self) -> "Log":
         return self
@@ -1496,8 +1505,9 @@ class Log:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.events.close()
-        self.file.close()
+        for file in (self.events, self.file):
+            with suppress(OSError):
+                file.close()
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
@@ -1552,9 +1562,9 @@ def check_type(name: str, value: object, kind: object) -> None:
         whole = isinstance(value, tuple) and all(type(x) is int for x in value)
         require(whole, f"{name} {value!r} must be a tuple of whole numbers")
     elif set(kinds) <= {bool, int, float, str, type(None)}:
-        numbers = kinds + (int,) if float in kinds else kinds
         names = " or ".join(x.__name__ for x in kinds)
-        require(isinstance(value, numbers), f"{name} {value!r} must be of type {names}")
+        fits = type(value) in kinds
+        require(fits, f"{name} {value!r} must be of type {names}")
         require(value != "", f"{name} is empty")
 
 
@@ -1569,6 +1579,9 @@ def check_args(args: Args) -> Args:
         if field.type in (int, int | float) and isinstance(value, float):
             require(value % 1 == 0, f"{name} {value} must be a whole number")
             value = int(value)
+        if field.type in (float, float | None) and type(value) is int:
+            require(abs(value) < 1e300, f"{name} is too large")
+            value = float(value)
         check_type(name, value, field.type)
         setattr(args, field.name, value)
     for names, holds, what in RANGES:
@@ -1704,10 +1717,18 @@ def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
         film(policy, args, signals)
 
 
+def drop_unread_output() -> None:
+    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
     """Run the command line. Returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -1721,7 +1742,8 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            os.write(2, b"\nstopping: a second signal kills\n")
+            if sys.stderr is not None:  # else 2 may be another file
+                os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:
         signal.signal(n, stop)
@@ -1742,11 +1764,11 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)
+    except BrokenPipeError:  # of --help
+        return 0
     finally:
-        try:
-            print(end="", flush=True)
-        except OSError:  # a closed pipe: send the rest to nobody, or Python prints an error at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(AttributeError, ValueError):
+            drop_unread_output()
     return (128 + signals[0]) if signals else 0
 
 

@@ -221,6 +221,7 @@ NUMBERS = {
     "norm_obs": np.bool_(True),
     "total_timesteps": np.float64(128),
     "ent_coef": 0,
+    "log_std_init": -1,
 }
 
 
@@ -250,6 +251,10 @@ def test_arguments_may_be_numbers_of_any_library(script, tmp_path, name):
         ({"resume": ""}, "--resume is empty"),
         ({"num_envs": 2.5}, "--num-envs 2.5 must be a whole number"),
         ({"total_timesteps": math.inf}, "--total-timesteps inf must be a whole number"),
+        ({"learning_rate": True}, "--learning-rate True must be of type float"),
+        ({"num_envs": True}, "--num-envs True must be of type int"),
+        ({"max_grad_norm": 10**400}, "--max-grad-norm is too large"),
+        ({"evaluate": "x"}, "in Python use evaluate_policy"),
         ({"gamma": None}, "--gamma None must be of type float"),
         ({"env_id": gym.spec("Pendulum-v1")}, "must be of type str"),
         ({"paper": True}, "paper=True changes nothing in Python: write Args(**PAPER)"),
@@ -489,13 +494,21 @@ def test_a_smaller_horizon_leaves_a_finished_run_as_it_is(script, tmp_path):
 
 
 @each_continuous
-def test_a_full_disk_stops_no_training(script, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("where", ["csv", "events"])
+def test_a_full_disk_stops_no_training(script, tmp_path, monkeypatch, capsys, where):
+    from torch.utils.tensorboard import SummaryWriter
 
-    monkeypatch.setattr(csv.DictWriter, "writerow", full)
-    assert train_small(script, tmp_path, total_timesteps=128)["steps"] == 128
-    assert capsys.readouterr().out.count("No space left on device") == 2
+    def full(*_):
+        raise OSError(28, f"No space left on device for {where}")
+
+    if where == "csv":
+        monkeypatch.setattr(csv.DictWriter, "writerow", full)
+    else:
+        monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+        monkeypatch.setattr(SummaryWriter, "close", full)
+    result = train_small(script, tmp_path, total_timesteps=128, eval_episodes=1)
+    assert result["steps"] == 128 and result["eval_return"] < 0
+    assert capsys.readouterr().out.count(f"No space left on device for {where}") == 1
 
 
 # ---- Evaluation and film ----
@@ -588,6 +601,14 @@ def test_a_film_that_can_not_be_made_is_refused_before_training(
     assert command(ppo, "--env-id Chain-v0 --video-dir films") == 2
     assert "--video-dir: can't render Chain-v0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@each_continuous
+def test_a_film_that_has_no_folder_costs_nothing_else(script, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    changes = {"env_id": "Chain-v0", "total_timesteps": 64, "eval_episodes": 1}
+    result = train_small(script, tmp_path, video_dir=str(tmp_path / "file"), **changes)
+    assert result["eval_return"] == 3.0 and "no film" in capsys.readouterr().out
 
 
 @each_continuous
@@ -829,6 +850,9 @@ def test_output_into_a_closed_pipe(script, tmp_path):
     assert (tmp_path / "code").read_text() == "0\n" and process.stderr == ""
     assert script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] == 640
     assert (tmp_path / "run" / "eval.json").exists()
+    line = f"{sys.executable} {script.__file__} --help | head -n 1"
+    process = subprocess.run(line, shell=True, timeout=120, capture_output=True, text=True)
+    assert process.stderr == "" and process.stdout.startswith("usage:")
 
 
 class Tee:
