@@ -593,7 +593,7 @@ def update(
             returns=returns,
         )
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        shuffled = [x.flatten(0, 1)[order] for x in batch]  # (B, …)
+        shuffled = [x.flatten(0, 1).index_select(0, order) for x in batch]  # (B, …)
         chunks = [x.chunk(args.num_minibatches) for x in shuffled]
         for minibatch in zip(*chunks, strict=True):
             metrics = train_step(policy, critic, adam, Batch(*minibatch), beta_tensor, args)
@@ -656,7 +656,7 @@ class Envs:
         result = env.reset()
         try:
             obs, _ = result
-            self.obs[i] = same_kind(obs, self.obs[i])
+            self.obs[i] = self.checked(obs)
         except (TypeError, ValueError) as error:
             raise self.wrong_result(i, result) from error
 
@@ -676,7 +676,7 @@ class Envs:
             try:
                 obs, reward, terminated[i], truncated[i], _ = result
                 rewards[i] = float(reward)
-                next_obs[i] = same_kind(obs, next_obs[i])
+                next_obs[i] = self.checked(obs)
             except (TypeError, ValueError, OverflowError) as error:
                 raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
@@ -685,6 +685,14 @@ class Envs:
             self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
             self.reset(i)
         return next_obs, rewards, terminated, truncated
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """Return one observation. Raises ValueError if it would be broadcast or truncated."""
+        obs = np.asarray(obs)
+        truncates = obs.dtype.kind == "f" and self.obs.dtype.kind != "f"
+        if obs.shape != self.obs.shape[1:] or truncates:
+            raise ValueError
+        return obs
 
     def wrong_result(self, i: int, result: object) -> InputError:
         """Return the error for environment i, which returned `result`."""
@@ -876,15 +884,6 @@ def close_all(envs: list[gym.Env]) -> None:
             env.close()
         except Exception as error:
             warnings.warn(f"an environment failed to close: {error!r}", stacklevel=2)
-
-
-def same_kind(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return `obs`. Raises ValueError if `target` would broadcast or truncate it."""
-    obs = np.asarray(obs)
-    truncates = obs.dtype.kind == "f" and target.dtype.kind in "iu"
-    if obs.shape != target.shape or truncates:
-        raise ValueError
-    return obs
 
 
 def first_line(error: BaseException) -> str:
@@ -1343,9 +1342,8 @@ def load_checkpoint(path: str) -> dict:
     names = {field.name for field in fields(Args)}
     unknown = sorted(saved["args"].keys() - names)
     if unknown:
-        say_once(
-            f"{Path(path).absolute()} has flags that this script does not know: ignored {', '.join(unknown)}"
-        )
+        listed = ", ".join(unknown)
+        say_once(f"{Path(path).absolute()} has flags that are not known here: ignored {listed}")
     kept = {name: value for name, value in saved["args"].items() if name in names}
     saved["args"] = asdict(Args(**kept))
     return saved
