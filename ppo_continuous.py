@@ -1468,34 +1468,34 @@ class Log:
         row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
         for name, value in metrics.items():
             row[name] = "" if math.isnan(value) else f"{value:.6g}"
-            if not math.isnan(value):
-                group = "charts" if name in CHARTS else "losses"
-                self.events.add_scalar(f"{group}/{name}", value, step)
         if self.columns is None:
             self.columns = list(row)
             self.file.write(",".join(self.columns) + "\n")
-        writer = csv.DictWriter(
-            self.file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
-        )
-        writer.writerow(row)
+        options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(self.file, self.columns, **options).writerow(row)
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                group = "charts" if name in CHARTS else "losses"
+                self.events.add_scalar(f"{group}/{name}", value, step)
 
     def end_training(self, state: dict) -> None:
         """Print the training score."""
         if self.bar is not None:
             self.bar.close()
         returns = [ret for ret, _ in state["episodes"]]
-        text = (
-            f"mean return of the last {len(returns)} training episodes {mean_or_nan(returns):.1f}"
-        )
+        count = f"the last {len(returns)} training episodes"
+        text = f"mean return of {count} {mean_or_nan(returns):.1f}"
         say(text if returns else "no training episode ended")
 
     def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
         """Write eval.json, and the deterministic score for TensorBoard."""
-        write_json(self.run_dir / "eval.json", evaluation)
-        if evaluation["deterministic"]:
-            mean = np.mean(evaluation["deterministic"])
-            with suppress(OSError):
+        try:
+            write_json(self.run_dir / "eval.json", evaluation)
+            if evaluation["deterministic"]:
+                mean = np.mean(evaluation["deterministic"])
                 self.events.add_scalar("eval/return", mean, step)
+        except OSError as error:
+            say_once(f"eval.json and TensorBoard are not complete: {error}")
 
     def __enter__(self) -> "Log":
         return self
