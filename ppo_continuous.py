@@ -1105,6 +1105,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
     start from `Args(**load_checkpoint(path)["args"])`.
     """
+    folder = Path.cwd()  # an environment may change it
     args = check_args(args)
     require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
     state = {}
@@ -1117,7 +1118,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     if args.video_dir:
         check_film(args)
     torch.set_num_threads(THREADS)
-    with Log(args, start) as log:
+    with Log(args, start, folder) as log:
         saved_at = -math.inf
         with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
             for metrics in iterations:
@@ -1138,7 +1139,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         if args.eval_episodes and not _signals:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
             log.end_evaluation(state["step"], evaluation)
-        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {short(checkpoint)}")
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
         if args.video_dir and not _signals:
             film(load_policy(checkpoint), args, _signals)
     deterministic = evaluation.get("deterministic")
@@ -1173,15 +1174,6 @@ def evaluate(
         limit = f"within {LONGEST_EVALUATION:,} steps"
         say(f"{running.sum()} of {episodes} episodes did not end {limit}. They are left out")
     return totals[~running].tolist()
-
-
-def short(path: str | Path) -> Path:
-    """Return a path relative to the present folder, if it lies inside."""
-    path = Path(path)
-    try:
-        return path.relative_to(Path.cwd())
-    except (ValueError, OSError):  # outside, or the present folder is gone
-        return path
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -1278,7 +1270,7 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
                     break
             file.write(b";")  # the end of a GIF
         os.replace(new, path)
-        say(f"film {short(path)}")
+        say(f"film {path}")
     except Exception as error:  # every renderer raises types of its own
         say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
     finally:
@@ -1385,17 +1377,19 @@ def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
 class Log:
     """Keeps config.json, progress.csv and TensorBoard events of a run, and shows its progress."""
 
-    def __init__(self, args: Args, step: int):
+    def __init__(self, args: Args, step: int, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir)
+        inside = self.run_dir.is_relative_to(folder)
+        self.shown = self.run_dir.relative_to(folder) if inside else self.run_dir
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
             self.open_files(args, step)
         except OSError as error:
             name = "--resume" if args.resume else "--run-dir"
             why = f"{first_line(error)}. Name a folder that can be written"
-            raise InputError(f"{name} {short(self.run_dir)}: {why}") from error
+            raise InputError(f"{name} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         self.bar = None
         self.step = step
@@ -1403,7 +1397,7 @@ class Log:
         self.last_line = self.last
         self.total = args.planned_steps
 
-        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {short(self.run_dir)}")
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
         size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
         say(size + (f", from {step:,}" if step else ""))

@@ -207,7 +207,7 @@ def test_fields_that_a_checkpoint_lacks_or_that_are_no_more(script, tmp_path, ca
     args = dataclasses.replace(args, resume=path, total_timesteps=128)
     assert script.train(args)["steps"] == 128
     out += capsys.readouterr().out
-    assert out.count("does not know: ignored also_gone, gone") == 1
+    assert out.count("are not known here: ignored also_gone, gone") == 1
 
 
 NUMBERS = {
@@ -254,7 +254,7 @@ def test_arguments_may_be_numbers_of_any_library(script, tmp_path, name):
         ({"learning_rate": True}, "--learning-rate True must be of type float"),
         ({"num_envs": True}, "--num-envs True must be of type int"),
         ({"max_grad_norm": 10**400}, "--max-grad-norm is too large"),
-        ({"evaluate": "x"}, "in Python use evaluate_policy"),
+        ({"evaluate": "x", "eval_episodes": 1}, "in Python use evaluate_policy"),
         ({"gamma": None}, "--gamma None must be of type float"),
         ({"env_id": gym.spec("Pendulum-v1")}, "must be of type str"),
         ({"paper": True}, "paper=True changes nothing in Python: write Args(**PAPER)"),
@@ -375,7 +375,7 @@ def test_files_are_standard_json(script, tmp_path):
 
 @each_continuous
 @pytest.mark.parametrize("when", ["make", "reset", "step"])
-def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch, when):
+def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch, when, capsys):
     (tmp_path / "elsewhere").mkdir()
 
     def leave(now):
@@ -394,6 +394,8 @@ def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch
     monkeypatch.chdir(tmp_path)
     changes = {"env_id": "Toy-v0", "total_timesteps": 128, "eval_episodes": 1, "run_dir": "mine"}
     result = train_small(script, tmp_path, **changes)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("  mine") and lines[-1].endswith(f"  {Path('mine/checkpoint.pt')}")
     os.chdir(tmp_path)
     assert script.train(make_args(script, **(changes | {"run_dir": None, "total_timesteps": 192}),
                                   resume="mine/checkpoint.pt"))["steps"] == 192  # fmt: skip
