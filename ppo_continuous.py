@@ -49,7 +49,7 @@ Departures from the PPO paper that no flag reverts (PAPER below lists the others
     The networks share no weights, and Adam and gradient clipping by network nearly cancel a factor
     of L^VF. So c1 of PPO eq. 9 is left out: c1 = 1.
     The adaptive β stays in [1e-8, 1e8].
-    Adam's ε is 1e-5. The paper names none, Kingma's is 1e-8.
+    Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
 run equals the uninterrupted run bit for bit.
@@ -241,7 +241,7 @@ def clipped_value_loss(
 
     L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
 
-    Engstrom prints min, their code takes max. (B,) each, returns a scalar.
+    The paper prints min. Its authors' code takes max. (B,) each, returns a scalar.
     """
     assert values.shape == values_old.shape == returns.shape
     clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
@@ -447,8 +447,7 @@ class Adam(nn.Module):
         super().__init__()
         self.eps = eps
         self.register_buffer("lr", torch.tensor(0.0))  # α
-        self.register_buffer("beta1_t", torch.tensor(1.0))  # β₁ᵗ
-        self.register_buffer("beta2_t", torch.tensor(1.0))  # β₂ᵗ
+        self.register_buffer("t", torch.tensor(0.0))
         self.register_buffer("m", torch.zeros(num_weights))
         self.register_buffer("v", torch.zeros(num_weights))
 
@@ -462,12 +461,12 @@ class Adam(nn.Module):
         """
         beta1 = 0.9
         beta2 = 0.999
-        self.beta1_t *= beta1
-        self.beta2_t *= beta2
+        self.t += 1
         self.m.lerp_(grad, 1 - beta1)
         self.v.lerp_(grad.square(), 1 - beta2)
-        m_hat = self.m / (1 - self.beta1_t)
-        v_hat = self.v / (1 - self.beta2_t)
+        # -expm1(t log β) is 1 - βᵗ without the rounding error of the difference
+        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))
+        v_hat = self.v / -torch.expm1(self.t * math.log(beta2))
         change = self.lr * m_hat / (v_hat.sqrt() + self.eps)
         sizes = [param.numel() for param in params]
         for param, part in zip(params, change.split(sizes), strict=True):
@@ -510,8 +509,8 @@ def gae(
         = δ_t + γλ (1 - done_t) Â_{t+1}
 
     PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action
-    t led to. At the end of an episode this is its final observation. A termination removes this V,
-    a time limit keeps it (Pardo eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
+    t led to. At the end of an episode this is its final observation. A termination removes this V.
+    A time limit keeps it (Pardo eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
     delta = (rewards + gamma * next_values * ~terminated - values).cpu().numpy()
@@ -564,7 +563,7 @@ def update(
 
     `train_step` is minibatch_step, compiled or not. metrics["kl"] is d of PPO section 4: the mean
     of KL[π_old, π] over the rollout after the last epoch. explained_variance and action_std are
-    those before the update, learning_rate is the one used. The rest are means over minibatches.
+    those before the update. learning_rate is the one used. The rest are means over minibatches.
     """
     with torch.no_grad():
         mean_old, log_std_old = policy.mean_and_log_std(rollout.obs)

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import acer_discrete
+import ppo_atari
 import ppo_continuous
+import trpo_continuous
 
 ROOT = Path(__file__).parents[1]
 CONTINUOUS = [ppo_continuous]
+EVERY_SCRIPT = [ppo_continuous, trpo_continuous, ppo_atari, acer_discrete]
 SMALL = {
     "env_id": "Pendulum-v1",
     "num_envs": 2,
@@ -29,6 +33,13 @@ if os.name != "posix":  # they need POSIX signals and file locks
     collect_ignore = ["test_first_edition.py", "test_trpo_continuous.py", "test_benchmarks.py"]
     collect_ignore += ["test_ppo_atari.py", "test_acer_discrete.py"]
 EVERY_SIGNAL = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+def each_with(name):
+    """Run a test for every script that has this function."""
+    scripts = [script for script in EVERY_SCRIPT if hasattr(script, name)]
+    return pytest.mark.parametrize("script", scripts, ids=lambda s: s.__name__)
+
 
 each_continuous = pytest.mark.parametrize("script", CONTINUOUS, ids=lambda s: s.ALGORITHM)
 
@@ -55,6 +66,26 @@ def command(monkeypatch):
         return script.main()
 
     return run
+
+
+def random_ends(steps, envs, seed=0):
+    """Random (terminated, truncated), with both on some steps."""
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.random((2, steps, envs)) < 0.2).unbind()
+
+
+class PerfectCritic:
+    """The true V of Chain: of three steps left to go, or of reward 1 for ever."""
+
+    def __init__(self, finite, gamma):
+        self.finite = finite
+        self.gamma = gamma
+
+    def __call__(self, obs):
+        left = 3 - obs.squeeze(-1)
+        if self.finite:
+            return (1 - self.gamma**left) / (1 - self.gamma)
+        return torch.full_like(left, 1 / (1 - self.gamma))
 
 
 def make_args(script, **changes):

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Toy, each_continuous, first_networks, make_args
+from conftest import PerfectCritic, Toy, each_continuous, first_networks, make_args
 
 import ppo_continuous as ppo
 
@@ -27,20 +27,6 @@ def roll(script, env_id, num_steps=10, num_envs=2, **flags):
 
 
 # ---- Successors and returns ----
-
-
-class PerfectCritic:
-    """True V: of three steps left to go, or of reward 1 for ever."""
-
-    def __init__(self, finite, gamma):
-        self.finite = finite
-        self.gamma = gamma
-
-    def __call__(self, obs):
-        left = 3 - obs.squeeze(-1)
-        if self.finite:
-            return (1 - self.gamma**left) / (1 - self.gamma)
-        return torch.full_like(left, 1 / (1 - self.gamma))
 
 
 @each_continuous
