@@ -49,6 +49,8 @@ Departures from the PPO paper that no flag reverts (PAPER below lists the others
     The networks share no weights, and Adam and gradient clipping by network nearly cancel a factor
     of L^VF. So c1 of PPO eq. 9 is left out: c1 = 1.
     The adaptive β stays in [1e-8, 1e8].
+    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
+    which was sampled without statistics.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
@@ -71,7 +73,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO, get_args, get_origin
+from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -165,6 +167,10 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the las
     def torch_device(self) -> torch.device:
         return torch.device("cpu" if self.device == "auto" else self.device)
 
+    @property
+    def torch_threads(self) -> int:
+        return 1  # more do not help networks this small
+
 
 PAPER = {  # --paper: PPO section 6.1 and Table 3
     "num_envs": 1,  # one long rollout instead of several short ones
@@ -217,7 +223,7 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL[π_old, π] of PPO eq. 8 in nats.
+    """KL(π_old ‖ π) of PPO eq. 8 in nats.
 
     KL = Σ_i [log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / (2 σ_i²) - ½]
 
@@ -254,7 +260,7 @@ def importance_surrogate(ratio: Tensor, adv: Tensor) -> Tensor:
     return (ratio * adv).mean()
 
 
-def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
+def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: Tensor | float) -> Tensor:
     """PPO eq. 7: L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized.
 
     (B,) each, returns a scalar.
@@ -429,7 +435,7 @@ def ppo_loss(
 def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
 
-    g is the gradient of one network as one vector. Engstrom takes both networks together.
+    g is the gradient of one network as one vector. Engstrom takes both networks of PPO together.
     Returns the clipped g (P,) and the norm before clipping.
     """
     flat = torch.cat([g.flatten() for g in grads])
@@ -575,9 +581,8 @@ def update(
         adam.lr *= floor_factor(returns, args.return_floor)  # for this iteration only
 
     history = []
-    beta_tensor = torch.tensor(
-        beta, device=adv.device
-    )  # a float would compile a graph for each value
+    # a float would compile a graph for each value
+    beta_tensor = torch.tensor(beta, device=adv.device)
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             adv, returns, _ = advantages(critic, rollout, gamma, args)
@@ -628,12 +633,8 @@ class Envs:
         self.action_space = envs[0].action_space
         space = envs[0].observation_space
         self.obs = np.zeros((len(envs), *space.shape), space.dtype)
-        self.spaces = {  # for the checkpoint
-            "obs_shape": space.shape,
-            "action_low": self.action_space.low.astype(np.float64).tolist(),
-            "action_high": self.action_space.high.astype(np.float64).tolist(),
-            "action_dtype": str(self.action_space.dtype),
-        }
+        self.spaces = describe_spaces(space, self.action_space)
+        self.fps = envs[0].metadata.get("render_fps") or 30
         self.episodes = deque(maxlen=100)
         self.returns = np.zeros(len(envs))
         self.lengths = np.zeros(len(envs), int)
@@ -702,8 +703,22 @@ class Envs:
         place = f"environment {i}, step {self.lengths[i]} of its episode"
         return InputError(f"{place}: it returned {', '.join(types)}, but must return {expected}")
 
+    def render(self) -> np.ndarray:
+        """Return a picture of the first environment (H, W, 3)."""
+        return self.envs[0].render()
+
     def close(self) -> None:
         close_all(self.envs)
+
+
+def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Box) -> dict:
+    """Return what a checkpoint keeps of the spaces."""
+    return {
+        "obs_shape": obs.shape,
+        "action_low": actions.low.astype(np.float64).tolist(),
+        "action_high": actions.high.astype(np.float64).tolist(),
+        "action_dtype": str(actions.dtype),
+    }
 
 
 class Rollout(NamedTuple):
@@ -717,7 +732,7 @@ class Rollout(NamedTuple):
     done: Tensor  # (T, N)  terminated | truncated
 
 
-def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
+def collect(envs: Envs, policy: nn.Module, rng: torch.Generator, num_steps: int) -> Rollout:
     """Run the policy for T steps in each environment (PPO Algorithm 1). Returns raw values."""
     steps = []
     for _ in range(num_steps):
@@ -764,7 +779,7 @@ def prepare(
         rewards = (rewards / critic.reward_stats.std).clamp(-NORM_LIMIT, NORM_LIMIT)
     obs = policy.normalize(raw.obs)
     next_obs = policy.normalize(raw.next_obs)
-    rollout = raw._replace(obs=obs, next_obs=next_obs, rewards=rewards.to(obs.dtype))
+    rollout = raw._replace(obs=obs, next_obs=next_obs, rewards=rewards.float())
     return Rollout(*(x.to(obs.device) for x in rollout)), running_sum
 
 
@@ -867,7 +882,7 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     hint = "No script here takes it"
     images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
     if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
-        hint = "acer_discrete.py takes discrete actions"
+        hint = "ppo_atari.py and acer_discrete.py take discrete actions"
         if actions.start != 0:
             hint += " from 0: shift them with the wrapper TransformAction"
     elif float_actions and not flat_obs:
@@ -915,9 +930,12 @@ def check_finite(iteration: int, **quantities: Tensor) -> None:
 
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
     """Raise NonFiniteError for observations or rewards that can't be trained on."""
-    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
     rewards = rollout.rewards.float()  # shows what is too large for float32
-    check_finite(iteration, observations=obs, rewards=rewards)
+    check_finite(iteration, rewards=rewards)
+    if rollout.obs.dtype == torch.uint8:
+        return
+    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+    check_finite(iteration, observations=obs)
     limit = 1e100 if norm_obs else HUGE  # statistics need their squares
     if obs.abs().max() > limit:
         hint = "" if norm_obs else ": add --norm-obs"
@@ -927,7 +945,8 @@ def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
     """Raise NonFiniteError for losses or weights that training can't go on with."""
     losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
-    check_finite(iteration, losses=losses, parameters=nn.utils.parameters_to_vector(params))
+    weights = torch.cat([param.detach().flatten() for param in params])
+    check_finite(iteration, losses=losses, parameters=weights)
 
 
 # ---- Algorithm -----------------------------------------------------------------------------------
@@ -1047,7 +1066,7 @@ def ppo(
 ALGORITHM = "ppo_continuous"  # what a checkpoint is checked for
 GENERATOR = ppo
 WHY_AUTO = "the networks are small"  # for the device that --device auto takes
-THREADS = 1  # of PyTorch. More do not help networks this small
+SHOWN = "kl"  # the metric that the progress shows
 FIXED_ON_EVALUATION = ("norm_obs", "hidden_sizes")
 FIXED_ON_RESUME = (
     "norm_obs",
@@ -1116,7 +1135,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     check_environment(args, state.get("spaces"))
     if args.video_dir:
         check_film(args)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.torch_threads)
     with Log(args, start, folder) as log:
         saved_at = -math.inf
         with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
@@ -1152,17 +1171,18 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, **kwargs
 ) -> list[float]:
     """Return the raw returns of one whole episode in each of `episodes` environments.
 
-    `act` maps raw observations (episodes, O) to actions of the environment (episodes, A). Only the
+    `act` maps raw observations (episodes, …) to actions of the environment (episodes, …). Only the
     first episode of each environment counts, so that short episodes do not count more often. One
-    that does not end within LONGEST_EVALUATION steps is left out, and a line says so.
+    that does not end within LONGEST_EVALUATION steps is left out, and a line says so. `kwargs` are
+    those of make_envs.
     """
     totals = np.zeros(episodes)
     running = np.ones(episodes, bool)
-    with closing(make_envs(env_id, episodes, seed)) as envs:
+    with closing(make_envs(env_id, episodes, seed, **kwargs)) as envs:
         for _ in progress_bar(range(LONGEST_EVALUATION), "evaluation"):
             _, rewards, terminated, truncated = envs.step(act(envs.obs))
             totals[running] += rewards[running]
@@ -1206,7 +1226,7 @@ def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
 
 
 def evaluate_policy(
-    policy: Policy, args: Args, signals: Sequence[int] = ()
+    policy: nn.Module, args: Args, signals: Sequence[int] = ()
 ) -> dict[str, list[float]]:
     """Evaluate mean actions and sampled actions. Prints and returns their returns."""
     policy.to(args.torch_device)
@@ -1227,11 +1247,12 @@ def evaluate_policy(
     return evaluation
 
 
-def make_film_env(env_id: str, seed: int) -> Envs:
+def make_film_env(args: Args) -> Envs:
     """Make one environment that renders. The camera `track` of a MuJoCo model follows the robot."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
-    envs = make_envs(env_id, 1, seed, render_mode="rgb_array")
+    seed = stream_seed(args.seed, "evaluation")
+    envs = make_envs(args.env_id, 1, seed, render_mode="rgb_array")
     renderer = getattr(envs.envs[0].unwrapped, "mujoco_renderer", None)
     if renderer is not None and renderer.camera_id == -1:  # the environment chose none
         import mujoco
@@ -1241,8 +1262,8 @@ def make_film_env(env_id: str, seed: int) -> Envs:
     return envs
 
 
-def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
-    """Write a GIF of one episode of mean actions. If that fails, a line says why."""
+def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
+    """Write a GIF of one episode of the most probable actions. If that fails, a line says why."""
     path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
     new = path.with_suffix(".tmp")
     act = interruptible(policy.act, signals)
@@ -1251,15 +1272,12 @@ def film(policy: Policy, args: Args, signals: Sequence[int] = ()) -> None:
         from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        seed = stream_seed(args.seed, "evaluation")
-        with closing(make_film_env(args.env_id, seed)) as envs, new.open("wb") as file:
-            env = envs.envs[0]
-            fps = env.metadata.get("render_fps") or 30
-            stride = max(1, round(fps / 25))  # steps a frame
-            milliseconds = round(1000 * stride / fps)
+        with closing(make_film_env(args)) as envs, new.open("wb") as file:
+            stride = max(1, round(envs.fps / 25))  # steps a frame
+            milliseconds = round(1000 * stride / envs.fps)
             for step in progress_bar(range(LONGEST_FILM * stride), "film"):
                 if step % stride == 0:
-                    image = Image.fromarray(env.render()).quantize()
+                    image = Image.fromarray(envs.render()).quantize()
                     if step == 0:
                         file.writelines(getheader(image, info={"loop": 0})[0])
                     frame = getdata(image, duration=milliseconds, include_color_table=True)
@@ -1447,14 +1465,14 @@ class Log:
         except OSError as error:  # a full disk must not end the run
             say_once(f"progress.csv and TensorBoard are not complete: {error}")
         mean_return = f"{metrics['episodic_return']:.1f}"
-        kl = f"{metrics['kl']:.4f}"
-        self.bar.set_postfix({"return": mean_return, "kl": kl}, refresh=False)
+        shown = f"{metrics[SHOWN]:.4f}"
+        self.bar.set_postfix({"return": mean_return, SHOWN: shown}, refresh=False)
         self.bar.update(step - self.bar.n)
         seen = is_terminal(sys.stdout) and is_terminal(sys.stderr)
         if not seen and self.last - self.last_line >= LINE_SECONDS:
             self.last_line = self.last
             done = f"step {step:,} of {self.total:,}"
-            say(f"{done}  return {mean_return}  kl {kl}  {sps:.0f} steps/s")
+            say(f"{done}  return {mean_return}  {SHOWN} {shown}  {sps:.0f} steps/s")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write one row of progress.csv and the TensorBoard scalars."""
@@ -1562,19 +1580,20 @@ def check_type(name: str, value: object, kind: object) -> None:
 def check_args(args: Args) -> Args:
     """Return a copy with plain values and whole paths. Raises InputError for what can't be used."""
     args = replace(args, **to_python(asdict(args)))
-    for field in fields(args):
-        name = flag(field.name)
-        value = getattr(args, field.name)
+    for field, kind in get_type_hints(Args).items():
+        name = flag(field)
+        value = getattr(args, field)
         if isinstance(value, list):
             value = tuple(value)
-        if field.type in (int, int | float) and isinstance(value, float):
+        kinds = get_args(kind) or (kind,)
+        if int in kinds and isinstance(value, float):
             require(value % 1 == 0, f"{name} {value} must be a whole number")
             value = int(value)
-        if field.type in (float, float | None) and type(value) is int:
+        if float in kinds and int not in kinds and type(value) is int:
             require(abs(value) < 1e300, f"{name} is too large")
             value = float(value)
-        check_type(name, value, field.type)
-        setattr(args, field.name, value)
+        check_type(name, value, kind)
+        setattr(args, field, value)
     for names, holds, what in RANGES:
         for name in names.split():
             value = getattr(args, name)
@@ -1584,8 +1603,6 @@ def check_args(args: Args) -> Args:
 
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
-    divides = args.batch_size % args.num_minibatches == 0
-    require(divides, f"--num-minibatches must divide {size}")
     require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
     if args.resume:
         name = Path(args.resume).name
@@ -1631,8 +1648,8 @@ def check_environment(args: Args, spaces: dict | None) -> None:
 def check_film(args: Args) -> None:
     """Raise InputError unless the environment can be rendered."""
     try:
-        with closing(make_film_env(args.env_id, args.seed)) as envs:
-            envs.envs[0].render()
+        with closing(make_film_env(args)) as envs:
+            envs.render()
     except Exception as error:  # every renderer raises types of its own
         why = f"{type(error).__name__}: {first_line(error)}"
         hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
@@ -1641,6 +1658,9 @@ def check_film(args: Args) -> None:
 
 def check_algorithm_args(args: Args) -> None:
     """Raise InputError for flags that contradict each other."""
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    divides = args.batch_size % args.num_minibatches == 0
+    require(divides, f"--num-minibatches must divide {size}")
     surrogate = f"--surrogate {args.surrogate}"
     if args.log_std_final is not None:
         why = "--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None"

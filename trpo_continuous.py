@@ -1,92 +1,88 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "tyro==1.0.17",
-#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
+# ]
 # ///
 """Trust region policy optimization (TRPO) for continuous actions, in one file.
 
-Papers   TRPO      Schulman et al. 2015, arXiv:1502.05477v5       GAE     Schulman et al. 2016, arXiv:1506.02438v6
-         Kakade    Kakade 2001, A Natural Policy Gradient         Pardo   Pardo et al. 2018, arXiv:1712.00378v4
-         Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1       PPO     Schulman et al. 2017, arXiv:1707.06347v2
-         Kingma    Kingma & Ba 2015, arXiv:1412.6980v9
-Install  pip install --requirements-from-script trpo_continuous.py      (pip 26 or later; or `uv run` the file)
-Run      python trpo_continuous.py --env-id HalfCheetah-v5 --seed 1
-Resume   python trpo_continuous.py --resume runs/<run>/checkpoint.pt
-Evaluate python trpo_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
+Papers
+    TRPO      Schulman et al. 2015, arXiv:1502.05477v5
+    GAE       Schulman et al. 2016, arXiv:1506.02438v6
+    Kakade    Kakade 2001, A Natural Policy Gradient, NIPS 14
+    PPO       Schulman et al. 2017, arXiv:1707.06347v2
+    Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
+    Pardo     Pardo et al. 2018, arXiv:1712.00378v4
+    Kingma    Kingma & Ba 2015, arXiv:1412.6980v9
 
-From TRPO eq. 14 to the update, in six lines (section 6 and appendix C; Δ = θ - θ_old):
-    max_θ L(θ) = Ê[π_θ(a|s) / π_old(a|s) Â]  subject to  Ê[KL(π_old(·|s) ‖ π_θ(·|s))] ≤ δ            (TRPO eq. 14)
-    to first order L(θ) ≈ L(θ_old) + gᵀΔ; to second order the mean KL ≈ ½ ΔᵀFΔ, as it and its gradient vanish at θ_old
-    max_Δ gᵀΔ  subject to  ½ ΔᵀFΔ ≤ δ                                                              (TRPO eq. 17)
-    Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ): its gradient g - λFΔ is zero for Δ = x / λ, where Fx = g: the natural gradient x
-    on the boundary ½ xᵀFx / λ² = δ, so Δ = √(2δ / xᵀFx) x; conjugate gradients solve Fx = g with products Fv alone
-    where the two approximations err, a line search shortens Δ until L rises and the mean KL is at most δ
+Install   pip install torch==2.13.0 "gymnasium[mujoco]==1.4.0" tyro tensorboard tqdm
+          (or `uv run trpo_continuous.py`, which reads the exact versions from the top of this file)
+Run       python trpo_continuous.py --env-id HalfCheetah-v5 --seed 1
+Resume    python trpo_continuous.py --resume runs/<run>/checkpoint.pt
+Evaluate  python trpo_continuous.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
+From Python: train(Args(env_id="Hopper-v5")), load_policy("runs/<run>/checkpoint.pt").act(obs)
 
-Equation map: equation -> function -> symbol
-    GAE eq. 16                     linear_recursion          Σ_l (γλ)^l δ_{t+l}
-    GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
+From TRPO eq. 14 to the update (section 6 and appendix C, with Δ = θ - θ_old)
+    1. max_θ L(θ) = Ê[π_θ(a|s) / π_old(a|s) Â]  subject to  Ê[KL(π_old ‖ π_θ)] ≤ δ     (TRPO eq. 14)
+    2. g is the gradient of L at θ_old, and F is the Hessian of the mean KL there. To first order
+       L(θ) ≈ L(θ_old) + gᵀΔ. The mean KL and its gradient are 0 at θ_old, so to second order the
+       mean KL is ½ ΔᵀFΔ.
+    3. max_Δ gᵀΔ  subject to  ½ ΔᵀFΔ ≤ δ                                               (TRPO eq. 17)
+    4. The gradient of the Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ) is g - λFΔ. It is 0 for Δ = x / λ, where
+       F x = g: x is the natural gradient. Conjugate gradients find it from products F v alone.
+    5. At the boundary ½ xᵀFx / λ² = δ, so Δ = √(2δ / xᵀFx) x.
+    6. Step 2 is only approximate. So a line search shortens Δ until L(θ) > L(θ_old) and the mean KL
+       is at most δ.
+
+Equation map
+    equation                       function                  symbol
     TRPO eq. 14, PPO eq. 6         importance_surrogate      L(θ)
-    TRPO eqs. 56-57                fisher_operator           v -> (F + damping I) v
-    TRPO appendix C                conjugate_gradient        x, F x = g
+    TRPO eq. 14, PPO eq. 8         gaussian_kl               KL(π_old ‖ π)
+    TRPO eqs. 56-57                fisher_operator           F v
+    TRPO appendix C                conjugate_gradient        x, with F x = g
     TRPO appendix C                max_kl_step               √(2δ / xᵀFx) x
     TRPO appendix C                line_search               θ_new
-    PPO eq. 9                      value_loss                L^VF
-    TRPO appendix D                gaussian_logp             log π(a|s)
+    TRPO section 6                 trpo, policy_step         g, Δ
+    GAE eq. 28, PPO eq. 9          value_loss                Ê[(V - V^targ)²]
     PPO eq. 9                      gaussian_entropy          S[π]
-    TRPO eq. 12                    gaussian_kl               KL(π_old ‖ π)
-    Engstrom section 3, item 2     discounted_sums           R_t, whose std scales the rewards
-    Kingma Algorithm 1             Adam                      θ, m̂, v̂
-    TRPO section 6                 policy_step               g, Δ
-    TRPO section 6                 train                     collect, estimate, step
-Flags by task, for 1,000,000 steps; the defaults are for all others
-    Ant-v5                              --gae-lambda 0.9 --num-steps 32 --num-minibatches 4 --cg-damping 5
-    HalfCheetah-v5                      --gae-lambda 0.95 --num-steps 128 --num-minibatches 16 --max-kl 0.02
-                                        --cg-damping 0.1
-    Hopper-v5                           --gamma 0.995
-    Humanoid-v5                         --gae-lambda 0.9 --num-steps 32 --num-minibatches 4
-    Swimmer-v5                          --gamma 0.9999 --gae-lambda 0.98 --log-std-init 0 --return-floor 0
-                                        --num-envs 2 --num-steps 512
-    Walker2d-v5                         --gamma 0.995 --log-std-final -2.5
-Departures from the TRPO paper, and the flags that give the paper back
-    --gae-lambda 1                      Â from sums of discounted rewards, instead of GAE
-    --no-norm-adv                       advantages not standardized
-    --no-anneal-kl --return-floor 0     δ constant, 0.01 as in the paper's experiments
-    --num-envs 50 --num-steps 1000 --num-minibatches 400  50,000 steps an iteration
-    --cg-damping 0 --cg-tol 0           F as it is; else F + damping I takes the place of F in the six lines above, step
-                                        length included, so that a full step ends inside the trust region
-    --hidden-sizes 30                   one hidden layer, of 30 or 50 units
-    --fisher-subsample 0.1              F estimated on a tenth of the batch
-    --no-norm-reward --clip-reward inf  rewards not divided by the std of the discounted return
-    --no-norm-obs --clip-obs inf        observations as they are
-    --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    --log-std-final None                σ without a limit; the limit, and statistics of observations, change the policy
-                                        between iterations, outside of the trust region
-    --action-map none                   actions not clipped and scaled to the environment's bounds
-    (always on)                         a value network, fitted after the policy's step (GAE section 6.1)
-    (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
-Relatives of TRPO
-    --no-line-search                    truncated natural policy gradient: the full step, whatever it does
-    --no-line-search --natural-step 0.1 --cg-damping 0
-                                        natural policy gradient (Kakade eqs. 2-4): θ ← θ + 0.1 x, whatever δ
+    PPO eqs. 11-12, GAE eq. 16     gae                       Â_t, δ_t
+    GAE footnote 2                 advantages                V^targ
+    TRPO appendix D                gaussian_logp             log π(a|s)
+    Engstrom section 3, item 2     rolling_discounted_sums   R_t, whose std divides the rewards
+    Kingma Algorithm 1             Adam                      m, v, θ
 
-Resuming restores weights, optimizer, statistics and random generators. Episodes in flight start anew: a resumed run is
-bit-exact where episodes end with the rollout.
+Departures from the TRPO paper that no flag reverts (PAPER below lists the others)
+    A value network V reduces the variance of Â (GAE section 6.1). TRPO sums discounted rewards.
+    V is fitted by Adam. GAE section 6.1 fits it by a trust region method.
+    When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
+    Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
+    bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
+    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
+    which was sampled without statistics.
+    Adam's ε is 1e-5. Kingma's is 1e-8.
+
+A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
+run equals the uninterrupted run bit for bit.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -95,56 +91,72 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- Args ------------------------------------------------------------------------------------------------------------
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
-    # run
-    seed: int = 1  # seed of everything random: initialization, action noise, minibatch order, environments
-    total_timesteps: int = 1_000_000  # environment steps, rounded down to whole iterations (1_000_000, not 1e6)
-    run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
-    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given win, or are refused
-    evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
-    eval_episodes: int = 10  # episodes of the evaluation at the end, deterministic and sampled each; 0 = none
-    video_dir: str | None = None  # folder for a GIF of the first evaluation episode
-    save_every: int = 25  # iterations between checkpoints; one is always written at the end
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is the CPU, since the networks are small
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
-    # environment
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for one of your own; flags by task: see docstring
-    num_envs: int = 16  # N, environments stepped in turn
-    action_map: Literal["rescale", "clip", "none"] = "rescale"  # clip to ±1, scale to bounds; clip to bounds; as it is
-    norm_obs: bool = True  # normalize observations by their running mean and std
-    clip_obs: float = 10.0  # clip (normalized) observations to ± this; inf = off
-    norm_reward: bool = True  # divide rewards by the running std of the discounted return
-    clip_reward: float = 10.0  # clip (divided) rewards to ± this; inf = off
-    # algorithm
+class RunArgs:
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for an environment of your own
+    seed: int = 1  # seed of weights, noise, minibatches and environments
+    # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
+    # a larger value stretches the schedules
+    total_timesteps: int | float = 1_000_000
+    paper: bool = False  # use the settings of the TRPO paper, where no other flag is given
+    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    run_dir: str | None = None
+    # continue from this checkpoint.pt with its flags. Flags you give override them
+    resume: str | None = None
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
+    eval_episodes: int = 10
+    video_dir: str | None = None  # folder for a GIF of one episode with mean actions
+    # auto, cpu, cuda, cuda:1 or mps. auto is cpu, because the networks are small
+    device: str = "auto"
+    # compile the minibatch step with torch.compile. auto compiles runs of 250,000 steps or more
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class EnvironmentArgs:
+    num_envs: int = 16  # N, number of environments, stepped one after another
+    # normalize observations by their running mean and std, and clip them to ±10
+    norm_obs: bool = True
+    # divide rewards by the running std of their rolling discounted sum, and clip them to ±10
+    norm_reward: bool = True
+
+
+@dataclass
+class AlgorithmArgs:
     num_steps: int = 64  # T, steps per environment and iteration
-    gamma: float = 0.99  # γ, discount factor; Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.97  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
-    norm_adv: bool = True  # standardize advantages over the batch
-    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL(old‖new) of a step
-    anneal_kl: bool = True  # anneal δ to zero, by 1 - f² after the fraction f of all steps
-    return_floor: float = 0.1  # where std[Â + V], of scaled rewards, is less, shrink δ by their ratio²; 0 = never
+    # trpo: step to the boundary, then line search. truncated: step to the boundary without line
+    # search (truncated natural gradient). natural: θ ← θ + α x (Kakade eqs. 2-4)
+    step: Literal["trpo", "truncated", "natural"] = "trpo"
+    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL of a step of --step trpo
+    natural_step: float = 0.1  # α of --step natural
     cg_iterations: int = 10  # iterations of conjugate gradients
-    cg_tol: float = 1e-10  # stop them at this squared norm of the residual, in absolute units
-    cg_damping: float = 0.5  # added to the diagonal of F, in direction and step length, against the noise in F and g
-    fisher_subsample: float = 1.0  # fraction of the batch that F is estimated on; TRPO appendix C.1 takes 0.1
-    line_search: bool = True  # shorten the step until the surrogate rises and the mean KL is at most δ
-    line_search_steps: int = 10  # lengths tried before the step is rejected
-    line_search_decay: float = 0.8  # each length is the one before times this
-    natural_step: float | None = None  # α of a step α x, instead of the length by δ; δ bounds the line search alone
-    update_epochs: int = 10  # passes of the value network over the batch of N x T samples
-    num_minibatches: int = 8  # minibatches per pass; the minibatch size is N x T / this
-    learning_rate: float = 1e-3  # Adam's step size, for the value network
+    # F + cg_damping I is used in place of F. This damps noise in F and g, and shortens the step
+    cg_damping: float = 0.5
+    fisher_subsample: float = 1.0  # fraction of the batch that F is estimated on
+    line_search_steps: int = 10  # step lengths tried before the step is rejected
+    line_search_decay: float = 0.8  # ratio of one length to the one before
+    update_epochs: int = 10  # K, passes of V over the batch of N x T samples
+    num_minibatches: int = 8  # minibatches per epoch, each of M = N x T / num_minibatches samples
+    learning_rate: float = 1e-3  # α, step size of Adam, for V
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
-    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of both networks
-    activation: Literal["tanh", "relu"] = "tanh"  # activation, of both networks
-    orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
-    log_std_init: float = -0.5  # initial log σ of the policy, in the scale of its samples
-    log_std_final: float | None = -3.5  # log of the largest σ at the end, annealed linearly in σ; None = no limit
+    # multiply δ by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
+    return_floor: float = 0.0
+    gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
+    gae_lambda: float = 0.97  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
+    norm_adv: bool = True  # standardize the advantages over the whole batch
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of each network
+    # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
+    orthogonal_init: bool = True
+    log_std_init: float = -0.5  # log σ at the start. σ is learned
+
+
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the last base to the first
+    """All flags of the three groups above."""
 
     @property
     def batch_size(self) -> int:
@@ -152,845 +164,1651 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)
+
+    @property
+    def planned_steps(self) -> int:
+        """total_timesteps, rounded down to whole iterations."""
+        return self.num_iterations * self.batch_size
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu" if self.device == "auto" else self.device)
+
+    @property
+    def torch_threads(self) -> int:
+        return 1  # more do not help networks this small
 
 
-# ---- Equations -------------------------------------------------------------------------------------------------------
-# T steps per rollout · N environments · B = T·N samples · M minibatch · O observation dims · A action dims
+PAPER = {  # --paper: TRPO section 8.1 and appendix E
+    "num_envs": 50,  # 50,000 steps an iteration, as for Swimmer. The paper has more for other tasks
+    "num_steps": 1000,
+    "norm_obs": False,  # the paper does not mention normalization
+    "norm_reward": False,
+    "cg_damping": 0.0,
+    "fisher_subsample": 0.1,  # appendix C
+    "num_minibatches": 400,  # 125 samples each, about the default's. The paper has no V
+    "gae_lambda": 1.0,  # Â from sums of discounted rewards
+    "norm_adv": False,
+    "hidden_sizes": (30,),  # of Swimmer. Hopper and Walker2d have 50
+    "orthogonal_init": False,  # the paper names no initialization
+    "log_std_init": 0.0,  # the paper names no initial σ
+}
+
+CG_TOLERANCE = 1e-10  # of the squared norm of the residual, relative to that of g
+NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
+HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
-def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + d_t y_{t+1} with y_T = 0, the recursive form of GAE eq. 16. All (T, N).
-
-    Round k merges sums of 2^k terms in pairs, y_t ← y_t + d_t⋯d_{t+2^k-1} y_{t+2^k}: log₂ T operations instead of T.
-    """
-    assert x.shape == decay.shape
-    y, reach = x, 1
-    while reach < len(x):
-        y = torch.cat([y[:-reach] + decay[:-reach] * y[reach:], y[-reach:]])
-        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
-        reach *= 2
-    return y
+class InputError(ValueError):
+    """Bad input. The message is one line that says what to change."""
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout (PPO eqs. 11-12). All (T, N).
-
-        δ_t = r_t + γ V(s_{t+1}) - V(s_t)
-        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1} = δ_t + γλ Â_{t+1}
-
-    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action t led to: at an
-    episode end, of the final observation. A termination removes that V, a truncation keeps it (Pardo eq. 6); both
-    (`done`) end the sum.
-    """
-    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
-    delta = rewards + gamma * next_values * ~terminated - values  # (T, N)
-    return linear_recursion(delta, gamma * lam * (~done).to(delta.dtype))
+class NonFiniteError(FloatingPointError):
+    """NaN, infinity or a number too large to train on. The message says where it appeared."""
 
 
-def importance_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor) -> Tensor:
-    """PPO eq. 6, L^CPI(θ) = Ê[r_t Â_t], r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), to be maximized. (B,) each -> scalar.
-
-    TRPO eq. 14 is the same with q = π_old and Q in place of Â.
-    """
-    assert logp.shape == logp_old.shape == adv.shape
-    return ((logp - logp_old).exp() * adv).mean()
-
-
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """PPO eq. 9, L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each -> scalar."""
-    assert values.shape == returns.shape
-    return (values - returns).square().mean()
+# ---- Equations -----------------------------------------------------------------------------------
+# T steps, N environments, B = T N transitions, M transitions of a minibatch, K epochs,
+# O observation dims, A action dims, P weights
 
 
 def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """TRPO appendix D: log N(a; μ(s), diag σ²). mean, actions (…, A), log_std (A,) -> (…,)."""
+    """TRPO appendix D: log π(a|s) of N(μ(s), diag σ²).
+
+    log π(a|s) = Σ_i [-½ ((a_i - μ_i) / σ_i)² - log σ_i - ½ log 2π]
+
+    mean, actions (…, A), log_std (A,) or (…, A). Returns (…,).
+    """
     assert mean.shape == actions.shape
-    squares = ((actions - mean) * (-log_std).exp()).square()  # (…, A)
-    return (-0.5 * squares - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    z = (actions - mean) / log_std.exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 for a diagonal Gaussian, in nats: Σ_i log σ_i + ½ log 2πe. (A,) -> scalar."""
+    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL[π_old, π] of PPO eq. 8 and TRPO eq. 12 for diagonal Gaussians, in nats. means (…, A), log stds (A,) -> (…,).
+    """KL(π_old ‖ π) of TRPO eq. 14 and PPO eq. 8 in nats.
 
-    KL = Σ_i log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / 2σ_i² - ½
+    KL = Σ_i [log(σ_i / σ_old,i) + (σ_old,i² + (μ_old,i - μ_i)²) / (2 σ_i²) - ½]
+
+    means (…, A), log stds (A,) or (…, A). Returns (…,).
     """
     assert mean_old.shape == mean.shape
-    squares = (2 * log_std_old).exp() + (mean_old - mean).square()  # (…, A)
-    return (log_std - log_std_old + 0.5 * squares * (-2 * log_std).exp() - 0.5).sum(-1)
+    squares = (2 * log_std_old).exp() + (mean_old - mean).square()
+    return (log_std - log_std_old + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
 
 
-def discounted_sums(rewards: Tensor, done: Tensor, start: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode. rewards, done (T, N) -> R (T, N).
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """GAE eq. 28, PPO eq. 9: Ê[(V_θ(s_t) - V_t^targ)²]. (B,) each, returns a scalar."""
+    assert values.shape == returns.shape
+    return (values - returns).square().mean()
 
-    `start` (N,) is γ R_{-1}, what the rollout before left; the second result is what this one leaves.
+
+def importance_surrogate(ratio: Tensor, adv: Tensor) -> Tensor:
+    """TRPO eq. 14: L(θ) = Ê[r_t Â_t], to be maximized. (B,) each, returns a scalar.
+
+    r_t = π_θ(a_t|s_t) / π_old(a_t|s_t). In eq. 14 π_old is q, and Â is Q. PPO eq. 6 is this L.
     """
-    decay = gamma * (~done).to(rewards.dtype)  # (T, N)  decay[t] leads from R_t to R_{t+1}
-    first = torch.cat([rewards[:1] + start, rewards[1:]])
-    sums = linear_recursion(first.flip(0), decay.roll(1, 0).flip(0)).flip(0)  # the recursion runs forward in time
-    return sums, decay[-1] * sums[-1]
+    assert ratio.shape == adv.shape
+    return (ratio * adv).mean()
 
 
-def conjugate_gradient(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int, residual_tol: float) -> Tensor:
-    """Solve A x = b for symmetric positive definite A, given as v -> A v (TRPO appendix C). (P,) -> (P,).
-
-    Stops after `iterations`, or once the squared norm of the residual b - A x is at most `residual_tol`.
-    """
-    x, residual, direction, squared = torch.zeros_like(b), b, b, b @ b
-    for _ in range(iterations):
-        if squared <= residual_tol:
-            break
-        product = matvec(direction)
-        curvature = direction @ product
-        if curvature <= 0:  # A is singular in this direction, up to rounding
-            break
-        alpha = squared / curvature
-        x, residual, last = x + alpha * direction, residual - alpha * product, squared
-        squared = residual @ residual
-        direction = residual + squared / last * direction
-    return x
+# ---- Networks ------------------------------------------------------------------------------------
 
 
-def max_kl_step(direction: Tensor, fisher_direction: Tensor, max_kl: float) -> Tensor:
-    """TRPO appendix C: √(2δ / xᵀFx) x, the step along x at whose end ½ ΔᵀFΔ = δ. x and Fx (P,) -> (P,)."""
-    curvature = (direction @ fisher_direction).clamp(min=torch.finfo(direction.dtype).tiny)  # 0 for x = 0
-    return (2 * max_kl / curvature).sqrt() * direction
-
-
-def line_search(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], theta: Tensor, full_step: Tensor, max_kl: float,
-    backtracks: int, shrink: float,
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """TRPO appendix C: the first of θ + shrinkᵏ Δ, k = 0, 1, …, that raises L and keeps the mean KL; whether any did.
-
-    `evaluate(θ')` -> (L(θ') - L(θ), mean KL(π_θ ‖ π_θ')). The second result is False, and the first `theta`, if none of
-    `backtracks` tries satisfies both.
-    """
-    for k in range(backtracks):
-        candidate = theta + shrink**k * full_step
-        gain, kl = evaluate(candidate)
-        if gain > 0 and kl <= max_kl:
-            return candidate, True
-    return theta, False
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------------
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen so far, merged batch by batch (Chan et al. 1979)."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("inverse_std", torch.ones(shape))
-        self.register_buffer("count", torch.tensor(0))
-
-    def update(self, rows: Tensor) -> None:  # (B, *shape)
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        self.count += len(rows)
-        share, delta = len(rows) / self.count, mean - self.mean
-        self.mean += share * delta
-        self.var += share * (var - self.var + (1 - share) * delta.square())
-        self.inverse_std.copy_((self.var + 1e-8).rsqrt())
-
-
-def fast_tanh(x: Tensor) -> Tensor:
-    """tanh x, for large tensors as 2 σ(2x) - 1: on a CPU that takes PyTorch a quarter of its tanh's time.
-
-    Where its derivative follows and nothing fuses the parts, PyTorch's tanh is as fast or faster.
-    """
-    eager_gradient = x.requires_grad and not torch.compiler.is_compiling()
-    return torch.tanh(x) if x.numel() < 4096 or eager_gradient else 2 * torch.sigmoid(2 * x) - 1
-
-
-class MLP(nn.Module):
-    """Fully connected network with these layer sizes and a linear output (Engstrom section 3, items 3 and 8)."""
-
-    def __init__(self, sizes: tuple[int, ...], args: Args, last_gain: float):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-        self.activation = fast_tanh if args.activation == "tanh" else torch.relu
-        for layer in self.layers if args.orthogonal_init else ():
-            nn.init.orthogonal_(layer.weight, last_gain if layer is self.layers[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:  # not layer(x), whose own cost shows when acting on few observations
-            x = self.activation(nn.functional.linear(x, layer.weight, layer.bias))
-        return nn.functional.linear(x, last.weight, last.bias)
+def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequential:
+    """Fully connected tanh network with a linear output (Engstrom section 3, items 3 and 8)."""
+    linears = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = []
+    for linear in linears:
+        if orthogonal:
+            gain = last_gain if linear is linears[-1] else math.sqrt(2)
+            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Policy(nn.Module):
-    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations; σ is not a function of s (PPO section 6.1).
+    """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations. σ does not depend on s (TRPO appendix D).
 
-    log σ is a parameter that `train` keeps below a limit.
+    The bounds of the action space are at -1 and 1 of this Gaussian. `to_env` applies them.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
         super().__init__()
-        self.norm_obs, self.clip_obs, (action_dim,) = args.norm_obs, args.clip_obs, action_space.shape
+        (action_dim,) = action_space.shape
+        self.norm_obs = args.norm_obs
         self.obs_stats = RunningMeanStd(*obs_shape)
-        self.mean_net = MLP((*obs_shape, *args.hidden_sizes, action_dim), args, last_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), args.log_std_init))
-        low, high = torch.tensor(np.array([action_space.low, action_space.high]), dtype=torch.float32)  # (A,) each
-        if args.action_map == "none":
-            low, high = torch.full_like(low, -math.inf), torch.full_like(high, math.inf)
-        rescale = low.isfinite() & high.isfinite() & (args.action_map == "rescale")  # infinite bounds pass through
-        self.register_buffer("scale", torch.where(rescale, (high - low) / 2, 1.0))
-        self.register_buffer("shift", torch.where(rescale, (high + low) / 2, 0.0))
-        self.register_buffer("low", torch.where(rescale, -1.0, low))
-        self.register_buffer("high", torch.where(rescale, 1.0, high))
+        sizes = (*obs_shape, *args.hidden_sizes, action_dim)
+        self.mean_net = mlp(sizes, last_gain=0.01, orthogonal=args.orthogonal_init)
+        self.log_std = nn.Parameter(torch.full((action_dim,), float(args.log_std_init)))
+        self.action_map = ActionMap(action_space)
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Raw observations (…, O) -> what both networks see (…, O) (Engstrom section 3, items 6 and 7)."""
+    def normalize(self, obs: Tensor | np.ndarray) -> Tensor:
+        """Normalize raw observations (…, O) for both networks (Engstrom section 3, items 6 and 7).
+
+        Takes a tensor or an array. Computes in float64 on the CPU. Returns the dtype and device of
+        the networks.
+        """
+        if not isinstance(obs, Tensor):
+            obs = torch.from_numpy(np.array(obs, np.float64))
+        assert obs.shape[-1:] == self.obs_stats.mean.shape
+        obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
-            obs = (obs - self.obs_stats.mean) * self.obs_stats.inverse_std
-        return obs.clamp(-self.clip_obs, self.clip_obs)
+            obs = (obs - self.obs_stats.mean) / self.obs_stats.std
+            obs = obs.clamp(-NORM_LIMIT, NORM_LIMIT)
+        return obs.to(self.mean_net[0].weight)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Raw observations (…, O) -> μ_θ(s) (…, A), before the action map."""
-        return self.mean_net(self.normalize(obs))
+    def mean_and_log_std(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for normalized observations (…, O)."""
+        return self.mean_net(inputs), self.log_std
 
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray, noise: Tensor | float = 0.0) -> tuple[Tensor, np.ndarray]:
-        """Raw observations (N, O), noise of std σ (N, A) -> sample μ + noise, its action for the environment (N, A)."""
-        actions = self(torch.from_numpy(obs).to(self.log_std.device)) + noise
-        return actions, (actions.clamp(self.low, self.high) * self.scale + self.shift).cpu().numpy()
+    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for raw observations (…, O)."""
+        return self.mean_and_log_std(self.normalize(obs))
+
+    @torch.no_grad()
+    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """Draw a ~ π(·|s) (…, A) for raw observations (…, O), before `to_env`.
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
+        mean, log_std = self(obs)
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=rng).to(mean)
+
+    def to_env(self, samples: Tensor) -> np.ndarray:
+        """Map actions of the Gaussian (…, A) to actions of the environment (…, A)."""
+        return self.action_map(samples.cpu().numpy())
+
+    @torch.no_grad()
+    def act(
+        self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
+    ) -> np.ndarray:
+        """Return the mean action or a sample for raw observations (…, O), as `to_env` gives it."""
+        if not deterministic:
+            return self.to_env(self.sample(obs, rng))
+        mean, _ = self(obs)
+        return self.to_env(mean)
 
 
 class Critic(nn.Module):
-    """V(s) in units of scaled reward, from `policy.normalize(obs)` (…, O) -> (…,)."""
+    """V(s) in units of scaled reward. Takes normalized observations (…, O), returns (…,)."""
 
-    def __init__(self, obs_dim: int, args: Args):
+    def __init__(self, obs_shape: tuple[int, ...], args: Args):
         super().__init__()
-        self.return_stats = RunningMeanStd()
-        self.value_net = MLP((obs_dim, *args.hidden_sizes, 1), args, last_gain=1.0)
+        self.reward_stats = RunningMeanStd()
+        sizes = (*obs_shape, *args.hidden_sizes, 1)
+        self.value_net = mlp(sizes, last_gain=1.0, orthogonal=args.orthogonal_init)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.value_net(obs).squeeze(-1)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value_net(inputs).squeeze(-1)
+
+
+# ---- Loss and update -----------------------------------------------------------------------------
 
 
 class Adam(nn.Module):
-    """Kingma Algorithm 1 for P weights in all, its state in buffers.
+    """Kingma Algorithm 1 for P weights.
 
-    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the gradient.
+    Takes the steps of torch.optim.Adam, whose class can't be compiled into one graph with the loss.
     """
 
-    def __init__(self, num_weights: int, lr: float, eps: float):
+    def __init__(self, num_weights: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.register_buffer("lr", torch.tensor(lr))  # α
+        self.register_buffer("lr", torch.tensor(0.0))  # α
         self.register_buffer("t", torch.tensor(0.0))
         self.register_buffer("m", torch.zeros(num_weights))
         self.register_buffer("v", torch.zeros(num_weights))
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grad: Tensor) -> None:
-        """m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  θ ← θ - α m̂ / (√v̂ + ε). `grad` (P,) is that of all `params`."""
-        beta1, beta2 = 0.9, 0.999
+        """Take one step against `grad` (P,), the gradient of a loss. `params` hold P weights.
+
+        m ← β₁ m + (1 - β₁) g
+        v ← β₂ v + (1 - β₂) g²
+        θ ← θ - α m̂ / (√v̂ + ε)  with  m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
+        """
+        beta1 = 0.9
+        beta2 = 0.999
         self.t += 1
         self.m.lerp_(grad, 1 - beta1)
         self.v.lerp_(grad.square(), 1 - beta2)
-        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))  # m / (1 - β₁ᵗ)
+        # -expm1(t log β) is 1 - βᵗ without the rounding error of the difference
+        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))
         v_hat = self.v / -torch.expm1(self.t * math.log(beta2))
         change = self.lr * m_hat / (v_hat.sqrt() + self.eps)
-        for param, part in zip(params, change.split([param.numel() for param in params]), strict=True):
+        sizes = [param.numel() for param in params]
+        for param, part in zip(params, change.split(sizes), strict=True):
             param -= part.view_as(param)
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
+def minibatch_step(
+    critic: Critic, adam: Adam, inputs: Tensor, returns: Tensor
+) -> dict[str, Tensor]:
+    """Take one step of Adam on the value loss of one minibatch, and return metrics."""
+    params = list(critic.parameters())
+    loss = value_loss(critic(inputs), returns)
+    grads = torch.autograd.grad(loss, params)
+    adam.step(params, torch.cat([grad.flatten() for grad in grads]))
+    return {"value_loss": loss.detach()}
 
 
-class Envs:
-    """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
+class Batch(NamedTuple):
+    """B transitions of a rollout. "old" means: under π_old."""
 
-    `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
-    random state before the reset that began its current episode: resuming from it replays that reset.
+    inputs: Tensor  # (B, O)  normalized observations
+    actions: Tensor  # (B, A)  before to_env
+    mean_old: Tensor  # (B, A)
+    log_std_old: Tensor  # (B, A)
+    logp_old: Tensor  # (B,)
+    adv: Tensor  # (B,)
+
+
+def policy_step(
+    policy: Policy, batch: Batch, max_kl: float, rng: torch.Generator, args: Args
+) -> dict[str, float]:
+    """TRPO section 6: one step of the policy on the whole batch. Returns metrics."""
+    params = list(policy.parameters())
+    theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
+
+    def surrogate_and_kl() -> tuple[Tensor, Tensor]:
+        mean, log_std = policy.mean_and_log_std(batch.inputs)
+        logp = gaussian_logp(mean, log_std, batch.actions)
+        ratio = (logp - batch.logp_old).exp()  # r_t(θ), (B,)
+        kl = gaussian_kl(batch.mean_old, batch.log_std_old, mean, log_std)  # (B,)
+        return importance_surrogate(ratio, batch.adv), kl.mean()
+
+    # At θ_old the ratio is 1, and its gradient is that of log π(a|s). So the gradient of the
+    # surrogate is Ê[∇ log π(a|s) Â], the policy gradient.
+    surrogate_old, _ = surrogate_and_kl()
+    g = nn.utils.parameters_to_vector(torch.autograd.grad(surrogate_old, params))  # (P,)
+
+    count = max(1, round(args.fisher_subsample * len(batch.inputs)))
+    subset = torch.randperm(len(batch.inputs), generator=rng)[:count]
+    fisher = fisher_operator(policy, batch.inputs[subset], args.cg_damping)
+    x = conjugate_gradient(fisher, g, args.cg_iterations, CG_TOLERANCE)
+    if args.step == "natural":
+        full_step = args.natural_step * x
+    else:
+        full_step = max_kl_step(x, fisher(x), max_kl)
+
+    @torch.no_grad()
+    def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
+        nn.utils.vector_to_parameters(theta, params)
+        surrogate, kl = surrogate_and_kl()
+        return surrogate - surrogate_old, kl
+
+    theta = theta_old + full_step
+    accepted = True
+    if args.step == "trpo":
+        steps = args.line_search_steps
+        decay = args.line_search_decay
+        theta, accepted = line_search(try_step, theta_old, full_step, max_kl, steps, decay)
+    gain, kl = try_step(theta)  # leaves the policy at θ
+    return {
+        "policy_loss": -(surrogate_old + gain).item(),
+        "surrogate_gain": gain.item(),
+        "approx_kl": kl.item(),  # exact
+        "max_kl": max_kl,
+        "rejected": float(not accepted),
+        "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
+        "policy_grad_norm": g.norm().item(),
+        "entropy": gaussian_entropy(batch.log_std_old).mean().item(),
+    }
+
+
+def fisher_operator(policy: Policy, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """Return the function v -> (F + damping I) v, for normalized obs (B, O) and v (P,).
+
+    F = Ê[JᵀMJ] is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old (TRPO eqs. 56-57). J is the
+    Jacobian of μ and log σ in the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
+    and diag(2). The full Hessian has a second term (eq. 57): the gradient of the KL in μ and log σ,
+    times second derivatives of μ and log σ. This gradient is 0 at θ_old.
     """
+    params = list(policy.parameters())
+    mean, log_std = policy.mean_and_log_std(obs)
+    log_std = log_std.expand_as(mean)
+    outputs = torch.cat([mean, log_std], -1)  # (B, 2A)
+    metric = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], -1).detach()
 
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
-        self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
-        for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
-            env.reset(seed=env_seed)
-        self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
-        for env, state in zip(envs, self.rng_states, strict=True):
-            env.np_random.bit_generator.state = state
-        self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
+    # Reverse mode gives u -> Jᵀu. This is linear in u, so its own reverse mode, at v, gives Jv.
+    u = torch.zeros_like(outputs, requires_grad=True)
+    jt_u = torch.autograd.grad(outputs, params, u, create_graph=True)
+    jt_u = nn.utils.parameters_to_vector(jt_u)  # (P,)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), rewards, terminated, truncated (N,), obs (N, O).
+    def product(vector: Tensor) -> Tensor:
+        (j_v,) = torch.autograd.grad(jt_u, u, vector, retain_graph=True)  # (B, 2A)
+        m_j_v = metric * j_v / len(outputs)
+        jt_m_j_v = torch.autograd.grad(outputs, params, m_j_v, retain_graph=True)
+        return nn.utils.parameters_to_vector(jt_m_j_v) + damping * vector
 
-        `next_obs` are the true successors, final observations included; `obs` is what to act on next.
-        """
-        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs))
-        terminated, truncated = np.empty((2, len(self.envs)), bool)
-        for i, env in enumerate(self.envs):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
-        self.obs = next_obs.copy()
-        self.sums[0] += rewards
-        self.sums[1] += 1
-        for i in np.flatnonzero(terminated | truncated):
-            self.ended.append(tuple(self.sums[:, i].tolist()))
-            self.sums[:, i] = 0
-            self.rng_states[i] = self.envs[i].np_random.bit_generator.state
-            self.obs[i], _ = self.envs[i].reset()
-        return next_obs, rewards, terminated, truncated, self.obs
+    return product
 
 
-def make_envs(env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, **kwargs) -> Envs:
-    """`num_envs` environments with flat Box observations and actions; raises InputError for any other."""
-    with suppress(ImportError):  # MuJoCo would repeat this warning for each environment and log it to ./MUJOCO_LOG.TXT
-        import mujoco
+def conjugate_gradient(
+    matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int, residual_tol: float
+) -> Tensor:
+    """Solve A x = b for a symmetric positive definite A (TRPO appendix C).
 
-        mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
-    try:
-        envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    check_spaces(envs[0], env_id)
-    return Envs(envs, seed, rng_states)
-
-
-# ---- Rollout ---------------------------------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """T x N transitions under π_old; done = terminated | truncated."""
-
-    obs: Tensor  # (T, N, O)
-    next_obs: Tensor  # (T, N, O)  true successors
-    actions: Tensor  # (T, N, A)  samples of the Gaussian, before the action map
-    rewards: Tensor  # (T, N)
-    terminated: Tensor  # (T, N)
-    done: Tensor  # (T, N)
-
-
-def collect(envs: Envs, policy: Policy, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run π_old for T steps in each of N environments (PPO Algorithm 1)."""
-    device, std = policy.log_std.device, policy.log_std.detach().exp()
-    noise = torch.randn(num_steps, len(envs.envs), len(std), generator=rng).to(device) * std  # (T, N, A)
-    steps, samples = [], []
-    for noise_t in noise:
-        actions, env_actions = policy.act(obs := envs.obs, noise_t)
-        next_obs, rewards, terminated, truncated, _ = envs.step(env_actions)
-        steps.append((obs, next_obs, rewards.astype(np.float32), terminated, terminated | truncated))
-        samples.append(actions)
-    obs, next_obs, *rest = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True))
-    return Rollout(obs, next_obs, torch.stack(samples), *rest)
+    `matvec` is v -> A v. Takes and returns (P,). Stops after `iterations`, or when
+    ‖b - A x‖² is at most `residual_tol` ‖b‖².
+    """
+    x = torch.zeros_like(b)
+    residual = b
+    direction = b
+    squared = residual @ residual
+    for _ in range(iterations):
+        if squared <= residual_tol * (b @ b):
+            break
+        product = matvec(direction)
+        curvature = direction @ product
+        if curvature <= 0:  # A is singular in this direction, up to rounding
+            break
+        alpha = squared / curvature
+        x = x + alpha * direction
+        residual = residual - alpha * product
+        squared_old = squared
+        squared = residual @ residual
+        direction = residual + squared / squared_old * direction
+    return x
 
 
-def scale_rewards(rewards: Tensor, done: Tensor, start: Tensor, critic: Critic, args: Args) -> tuple[Tensor, Tensor]:
-    """(T, N) rewards over the std of the discounted return, clipped (Engstrom section 3, items 2, 5); next `start`."""
-    if args.norm_reward:
-        sums, start = discounted_sums(rewards, done, start, args.gamma)
-        critic.return_stats.update(sums.flatten())
-        rewards = rewards * critic.return_stats.inverse_std
-    return rewards.clamp(-args.clip_reward, args.clip_reward), start
+def max_kl_step(direction: Tensor, fisher_direction: Tensor, max_kl: float) -> Tensor:
+    """TRPO appendix C: Δ = √(2δ / xᵀFx) x, the step along x with ½ ΔᵀFΔ = δ.
+
+    x and F x are (P,), F with its damping. Returns (P,), zero for x = 0.
+    """
+    curvature = direction @ fisher_direction
+    tiny = torch.finfo(direction.dtype).tiny
+    return (2 * max_kl / curvature.clamp(min=tiny)).sqrt() * direction
+
+
+def line_search(
+    try_step: Callable[[Tensor], tuple[Tensor, Tensor]],
+    theta: Tensor,
+    full_step: Tensor,
+    max_kl: float,
+    max_backtracks: int,
+    decay: float,
+) -> tuple[Tensor, bool]:
+    """TRPO appendix C: the first of the steps Δ, decay Δ, decay² Δ, … that is good enough.
+
+    `try_step(θ)` returns L(θ) - L(θ_old) and the mean KL(π_old ‖ π_θ). A step is good enough if
+    L(θ) > L(θ_old) and the KL is at most `max_kl`. Returns the new θ (P,) and True, or `theta` and
+    False if `max_backtracks` steps were tried in vain.
+    """
+    for k in range(max_backtracks):
+        candidate = theta + decay**k * full_step
+        gain, kl = try_step(candidate)
+        if gain > 0 and kl <= max_kl:
+            return candidate, True
+    return theta, False
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout.
+
+    δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)     PPO eq. 12
+    Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        PPO eq. 11
+        = δ_t + γλ (1 - done_t) Â_{t+1}
+
+    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action
+    t led to. At the end of an episode this is its final observation. A termination removes this V.
+    A time limit keeps it (Pardo eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
+    """
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
+    delta = (rewards + gamma * next_values * ~terminated - values).cpu().numpy()
+    decay = gamma * lam * ~done.cpu().numpy()
+    adv = np.zeros_like(delta)
+    adv[-1] = delta[-1]
+    for t in reversed(range(len(delta) - 1)):
+        adv[t] = delta[t] + decay[t] * adv[t + 1]
+    return torch.from_numpy(adv).to(rewards.device)
 
 
 @torch.no_grad()
-def advantages(policy: Policy, critic: Critic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, value targets Â + V (GAE footnote 2) and values V under the critic as it is, each (T, N)."""
-    values = critic(policy.normalize(rollout.obs))  # (T, N)
-    next_values = torch.cat([values[1:], critic(policy.normalize(rollout.next_obs[-1:]))])  # (T, N)
-    next_values[rollout.done] = critic(policy.normalize(rollout.next_obs[rollout.done]))  # of the final observations
-    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, args.gamma, args.gae_lambda)
+def advantages(
+    critic: Critic, rollout: "Rollout", gamma: float, args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the critic as it is, each (T, N)."""
+    values = critic(rollout.obs)
+    # s_{t+1} is the next row, except at the end of the rollout and of an episode
+    next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
+    next_values[rollout.done] = critic(rollout.next_obs[rollout.done])
+    lam = args.gae_lambda
+    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
     if args.norm_adv:
         adv = (adv - adv.mean()) / (adv.std() + 1e-8)
     return adv, returns, values
 
 
-# ---- Update ----------------------------------------------------------------------------------------------------------
+def floor_factor(returns: Tensor, return_floor: float) -> Tensor:
+    """Factor of δ: min(1, std[V^targ] / return_floor)². Not in the paper.
 
-
-def fisher_operator(policy: Policy, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """v -> (F + damping I) v, F the Hessian of the mean KL(π_old ‖ π_θ) at θ_old. obs (B, O), v (P,) -> (P,).
-
-    TRPO eqs. 56-57: F = Ê[JᵀMJ], J the Jacobian of the distribution's parameters μ and log σ, M the Hessian of the KL
-    in them, diag(1/σ²) and 2; the other term is zero at θ_old. Jv is the derivative of Jᵀu, linear in u, by u. Both
-    graphs are built once for all products.
+    A step uses all of δ, even if there is little to gain. On a solved task the value targets hardly
+    differ, the advantages are errors of V, and full steps undo the learning.
     """
-    params = list(policy.parameters())
-    mean = policy(obs)
-    outputs = torch.cat([mean, policy.log_std.expand_as(mean)], -1)  # (B, 2A)
-    metric = torch.cat([(-2 * policy.log_std).exp(), torch.full_like(policy.log_std, 2.0)]).detach()  # (2A,)
-    u = torch.zeros_like(outputs, requires_grad=True)
-    jt_u = nn.utils.parameters_to_vector(torch.autograd.grad(outputs, params, u, create_graph=True))
-
-    def product(vector: Tensor) -> Tensor:
-        (j_v,) = torch.autograd.grad(jt_u, u, vector, retain_graph=True)  # (B, 2A)
-        jt_m_j_v = torch.autograd.grad(outputs, params, metric * j_v / len(obs), retain_graph=True)
-        return nn.utils.parameters_to_vector(jt_m_j_v) + damping * vector
-
-    return product
-
-
-def fisher_vector_product(policy: Policy, obs: Tensor, vector: Tensor, damping: float) -> Tensor:
-    """(F + damping I) v of `fisher_operator`, for one product alone; `policy_step` takes many of one operator."""
-    return fisher_operator(policy, obs, damping)(vector)
-
-
-def policy_step(
-    policy: Policy, obs: Tensor, actions: Tensor, adv: Tensor, rng: torch.Generator, args: Args
-) -> dict[str, float]:
-    """TRPO section 6: one step of the policy on the whole batch. obs (B, O), actions (B, A), adv (B,) -> figures."""
-    params = list(policy.parameters())
-    theta = nn.utils.parameters_to_vector(params).detach()  # (P,)
-    mean_old, log_std_old = policy(obs), policy.log_std.detach().clone()  # (B, A), (A,)
-    logp_old = gaussian_logp(mean_old, policy.log_std, actions)  # (B,)
-    surrogate = importance_surrogate(logp_old, logp_old.detach(), adv)
-    gradient = nn.utils.parameters_to_vector(torch.autograd.grad(surrogate, params))  # (P,)
-
-    subset = torch.randperm(len(obs), generator=rng)[: math.ceil(args.fisher_subsample * len(obs))].to(obs.device)
-    fisher = fisher_operator(policy, obs[subset], args.cg_damping)
-    x = conjugate_gradient(fisher, gradient, args.cg_iterations, args.cg_tol)  # (P,)
-    step = args.natural_step * x if args.natural_step else max_kl_step(x, fisher(x), args.max_kl)
-
-    @torch.no_grad()
-    def evaluate(candidate: Tensor) -> tuple[Tensor, Tensor]:
-        nn.utils.vector_to_parameters(candidate, params)
-        mean = policy(obs)
-        logp = gaussian_logp(mean, policy.log_std, actions)
-        gain = importance_surrogate(logp, logp_old, adv) - surrogate
-        return gain, gaussian_kl(mean_old, log_std_old, mean, policy.log_std).mean()
-
-    new, accepted = theta + step, True
-    if args.line_search:
-        new, accepted = line_search(evaluate, theta, step, args.max_kl, args.line_search_steps, args.line_search_decay)
-    gain, kl = evaluate(new)  # leaves the parameters at `new`
-    figures = {"policy_loss": -(surrogate + gain).item(), "surrogate_gain": gain.item(), "approx_kl": kl.item()}
-    figures |= {"policy_grad_norm": gradient.norm().item(), "rejected": float(not accepted), "max_kl": args.max_kl}
-    return figures | {"step_fraction": ((new - theta).norm() / step.norm()).item()}
-
-
-def value_step(critic: Critic, adam: Adam, obs: Tensor, returns: Tensor) -> Tensor:
-    """One step of Adam on the value loss of a minibatch; obs (M, O) normalized, returns (M,) -> the loss."""
-    loss = value_loss(critic(obs), returns)
-    grads = torch.autograd.grad(loss, list(critic.parameters()))
-    adam.step(list(critic.parameters()), torch.cat([grad.flatten() for grad in grads]))
-    return loss.detach()
+    return (returns.std() / return_floor).clamp(max=1.0).square()
 
 
 def update(
-    policy: Policy, critic: Critic, adam: Adam, step: Callable, rollout: Rollout, rng: torch.Generator, args: Args
+    policy: Policy,
+    critic: Critic,
+    adam: Adam,
+    train_step: Callable,
+    rollout: "Rollout",
+    gamma: float,
+    rng: torch.Generator,
+    args: Args,
 ) -> dict[str, float]:
-    """The policy's step, then the regression of V on targets from before it (GAE section 6.1).
+    """One step of the policy, then K epochs of minibatches for V (GAE section 6.1).
 
-    A step is as long as δ allows, however little is to be gained. Once a task is solved, returns hardly differ, the
-    advantages are V's error, and full steps along it lose what was learned. So where the std of the value targets,
-    Â + V, is below `return_floor`, δ shrinks by `trust`, the square of their ratio. Other causes of returns that are
-    all but equal, such as a large constant reward or an idle policy, shrink it too; 0 turns this off. With
-    `norm_reward` off the floor is in units of raw rewards. `step` is value_step, compiled or not.
+    V is fitted to targets from before the update. `train_step` is minibatch_step, compiled or not.
+    Returns metrics. explained_variance, action_std and entropy are those before the update.
+    learning_rate is the one used. value_loss is a mean over minibatches.
     """
-    adv, returns, values = (x.flatten() for x in advantages(policy, critic, rollout, args))  # (B,)
-    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    explained_variance = 1 - (returns - values).var() / returns.var()
-    trust = min(1.0, returns.std().item() / args.return_floor) ** 2 if args.return_floor else 1.0
-    stats = policy_step(policy, obs, actions, adv, rng, replace(args, max_kl=args.max_kl * trust))
-    obs, total = policy.normalize(obs), torch.zeros((), device=obs.device)
+    with torch.no_grad():
+        mean_old, log_std_old = policy.mean_and_log_std(rollout.obs)
+        logp_old = gaussian_logp(mean_old, log_std_old, rollout.actions)
+        log_std_old = log_std_old.clone().expand_as(mean_old)
+    adv, returns, values_old = advantages(critic, rollout, gamma, args)
+    explained_variance = 1 - (returns - values_old).var() / returns.var()
+    max_kl = args.max_kl
+    if args.norm_reward and args.return_floor > 0:
+        max_kl *= floor_factor(returns, args.return_floor).item()
+
+    batch = Batch(  # (T, N, …), flattened below
+        inputs=rollout.obs,
+        actions=rollout.actions,
+        mean_old=mean_old,
+        log_std_old=log_std_old,
+        logp_old=logp_old,
+        adv=adv,
+    )
+    batch = Batch(*[x.flatten(0, 1) for x in batch])  # (B, …)
+    metrics = policy_step(policy, batch, max_kl, rng, args)
+
+    losses = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size, generator=rng).to(obs.device)
-        shuffled = (x.index_select(0, order).chunk(args.num_minibatches) for x in (obs, returns))
-        for mb_obs, mb_returns in zip(*shuffled, strict=True):
-            total += step(critic, adam, mb_obs, mb_returns)
-    stats["value_loss"] = total.item() / (args.update_epochs * args.num_minibatches)
-    return stats | {"explained_variance": explained_variance.item(), "entropy": gaussian_entropy(policy.log_std).item()}
+        order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
+        shuffled = [x.index_select(0, order) for x in (batch.inputs, returns.flatten())]
+        chunks = [x.chunk(args.num_minibatches) for x in shuffled]
+        for inputs, targets in zip(*chunks, strict=True):
+            losses.append(train_step(critic, adam, inputs, targets)["value_loss"])
+
+    metrics["value_loss"] = torch.stack(losses).mean().item()
+    metrics["explained_variance"] = explained_variance.item()
+    metrics["action_std"] = log_std_old.exp().mean().item()
+    metrics["learning_rate"] = adam.lr.item()
+    return metrics
 
 
-# ---- Train -----------------------------------------------------------------------------------------------------------
+# ---- Environments and rollout --------------------------------------------------------------------
 
 
-def train(args: Args) -> dict:
-    """TRPO section 6 from the first iteration, or a checkpoint's, to the last, then evaluation.
+class Envs:
+    """N Gymnasium environments, stepped one after another.
 
-    Returns steps, episodic_return (mean of the last 100 training episodes), eval_return (mean of the deterministic
-    evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's thread count and seed for the
-    process. Raises InputError for bad input, FloatingPointError for NaN or infinity. With `args.resume`, weights and
-    progress come from the checkpoint, all else from `args`: start from `Args(**load_checkpoint(path)["args"])`.
+    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
+    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
+    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    raise InputError if an environment returns something else than Gymnasium asks for.
     """
-    check_args(args)
-    device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
-    torch.set_num_threads(1)  # more do not help networks this small
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
-    envs = make_envs(args.env_id, args.num_envs, args.seed, saved.get("env_rng_states"))
-    policy = Policy(envs.obs.shape[1:], envs.envs[0].action_space, args).to(device)
-    critic = Critic(envs.obs.shape[1], args).to(device)
-    params = list(critic.parameters())
-    adam = Adam(sum(param.numel() for param in params), args.learning_rate, args.adam_eps).to(device)
-    modules = {"policy": policy, "critic": critic, "adam": adam}
-    for name, module in modules.items() if saved else ():
-        module.load_state_dict(saved[name])
-    rng.set_state(saved.get("rng", rng.get_state()))
-    step, rejected = saved.get("step", 0), saved.get("rejected", 0)
-    episodes = deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last that ended
-    reward_start = torch.zeros(args.num_envs, device=device)  # (N,)  γ R_{-1} of discounted_sums
-    total_steps = args.num_iterations * args.batch_size
-    with Log(args, device, step, sum(param.numel() for param in (*policy.parameters(), *params))) as log:
 
-        def checkpoint() -> str:
-            state = {"step": step, "rejected": rejected, "episodes": list(episodes), "env_rng_states": envs.rng_states}
-            state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
-            return save_checkpoint(log.run_dir, args, state)
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+        self.envs = envs
+        self.action_space = envs[0].action_space
+        space = envs[0].observation_space
+        self.obs = np.zeros((len(envs), *space.shape), space.dtype)
+        self.spaces = describe_spaces(space, self.action_space)
+        self.fps = envs[0].metadata.get("render_fps") or 30
+        self.episodes = deque(maxlen=100)
+        self.returns = np.zeros(len(envs))
+        self.lengths = np.zeros(len(envs), int)
+        self.rng_states = rng_states or [None] * len(envs)
+        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
+        for i, env in enumerate(envs):
+            env.reset(seed=int(seeds[i]))  # only to seed env.np_random
+            if self.rng_states[i] is not None:
+                env.np_random.bit_generator.state = self.rng_states[i]
+            self.reset(i)
 
-        compiled_step = compile_or_eager(value_step, args, device)
-        with stop_signals() as signals:
-            while step + args.batch_size <= args.total_timesteps and not signals:
-                fraction = step / total_steps
-                now = replace(args, max_kl=args.max_kl * (1 - fraction**2 if args.anneal_kl else 1.0))
-                adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
-                if args.log_std_final is not None:
-                    std = (1 - fraction) * math.exp(args.log_std_init) + fraction * math.exp(args.log_std_final)
-                    policy.log_std.data.clamp_(max=math.log(std))
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        env = self.envs[i]
+        if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
+            self.rng_states[i] = to_python(env.np_random.bit_generator.state)
+        self.returns[i] = 0
+        self.lengths[i] = 0
+        result = env.reset()
+        try:
+            obs, _ = result
+            self.obs[i] = self.checked(obs)
+        except (TypeError, ValueError) as error:
+            raise self.wrong_result(i, result) from error
 
-                rollout = collect(envs, policy, rng, args.num_steps)
-                check_finite(step, observations=torch.cat([rollout.obs, rollout.next_obs]), rewards=rollout.rewards)
-                episodes.extend(envs.ended)
-                envs.ended.clear()
-                rewards, reward_start = scale_rewards(rollout.rewards, rollout.done, reward_start, critic, args)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N, A), and start an episode where one ends.
 
-                stats = update(policy, critic, adam, compiled_step, rollout._replace(rewards=rewards), rng, now)
-                rejected += int(stats.pop("rejected"))
-                weights = nn.utils.parameters_to_vector([*policy.parameters(), *params])
-                losses = torch.tensor([stats[name] for name in ("policy_loss", "value_loss", "approx_kl")])
-                check_finite(step, losses=losses, parameters=weights)
-                policy.obs_stats.update(rollout.obs.flatten(0, 1))  # after the update: π_old is the policy that acted
+        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). next_obs[i] is the
+        true successor. At the end of an episode it is the final observation.
+        """
+        next_obs = np.empty_like(self.obs)
+        rewards = np.empty(len(self.envs))
+        terminated = np.empty(len(self.envs), bool)
+        truncated = np.empty(len(self.envs), bool)
+        self.lengths += 1
+        for i, env in enumerate(self.envs):
+            result = env.step(actions[i])
+            try:
+                obs, reward, terminated[i], truncated[i], _ = result
+                rewards[i] = float(reward)
+                next_obs[i] = self.checked(obs)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise self.wrong_result(i, result) from error
+        self.obs = next_obs.copy()
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.reset(i)
+        return next_obs, rewards, terminated, truncated
 
-                step += args.batch_size
-                stats |= {"rejected_steps": rejected, "action_std": policy.log_std.exp().mean().item()}
-                log(step, adam.lr.item(), episodes, stats)
-                if step // args.batch_size % args.save_every == 0:
-                    checkpoint()
-            path = checkpoint()
-        log.bar.close()
-        evaluation = evaluate_policy(policy, args) if args.eval_episodes and not signals else {}
-        mean_return = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
-        log.finish(step, mean_return, len(episodes), evaluation, path)
-    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    result = {"steps": step, "episodic_return": mean_return, "eval_return": eval_return, "checkpoint": path}
-    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """Return one observation. Raises ValueError if it would be broadcast or truncated."""
+        obs = np.asarray(obs)
+        truncates = obs.dtype.kind == "f" and self.obs.dtype.kind != "f"
+        if obs.shape != self.obs.shape[1:] or truncates:
+            raise ValueError
+        return obs
+
+    def wrong_result(self, i: int, result: object) -> InputError:
+        """Return the error for environment i, which returned `result`."""
+        parts = result if isinstance(result, tuple) else [result]
+        types = [f"{getattr(x, 'dtype', type(x).__name__)}{getattr(x, 'shape', '')}" for x in parts]
+        expected = f"an observation of type {self.obs.dtype} and shape {self.obs.shape[1:]}"
+        expected += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
+        place = f"environment {i}, step {self.lengths[i]} of its episode"
+        return InputError(f"{place}: it returned {', '.join(types)}, but must return {expected}")
+
+    def render(self) -> np.ndarray:
+        """Return a picture of the first environment (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        close_all(self.envs)
 
 
-# ======================================================================================================================
-# The algorithm ends here. Below: evaluation, checkpoints, logging, run folder, signals, input checks, main.
-# ======================================================================================================================
+def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Box) -> dict:
+    """Return what a checkpoint keeps of the spaces."""
+    return {
+        "obs_shape": obs.shape,
+        "action_low": actions.low.astype(np.float64).tolist(),
+        "action_high": actions.high.astype(np.float64).tolist(),
+        "action_dtype": str(actions.dtype),
+    }
 
-SCRIPT = "trpo_continuous"
-CHECKS = (
+
+class Rollout(NamedTuple):
+    """T x N transitions: raw from collect, normalized and scaled from prepare."""
+
+    obs: Tensor  # (T, N, O)
+    next_obs: Tensor  # (T, N, O)  true successors, final observations included
+    actions: Tensor  # (T, N, A)  before to_env
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N)  terminated | truncated
+
+
+def collect(envs: Envs, policy: nn.Module, rng: torch.Generator, num_steps: int) -> Rollout:
+    """Run the policy for T steps in each environment. Returns raw values."""
+    steps = []
+    for _ in range(num_steps):
+        obs = envs.obs
+        actions = policy.sample(obs, rng)
+        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
+        done = terminated | truncated
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
+    columns = [np.stack(column) for column in zip(*steps, strict=True)]
+    return Rollout(*map(torch.from_numpy, columns))
+
+
+def rolling_discounted_sums(
+    rewards: Tensor, done: Tensor, running_sum: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
+
+    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    R (T, N) and the running sum of the next rollout.
+    """
+    rewards = rewards.numpy()
+    done = done.numpy()
+    total = running_sum.numpy()
+    sums = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        total = gamma * total + rewards[t]
+        sums[t] = total
+        total = total * ~done[t]
+    return torch.from_numpy(sums), torch.from_numpy(total)
+
+
+def prepare(
+    raw: Rollout, policy: Policy, critic: Critic, running_sum: Tensor, gamma: float, args: Args
+) -> tuple[Rollout, Tensor]:
+    """Update reward_stats, normalize observations, scale rewards, and move all to the device.
+
+    Rewards are divided by the std of their rolling discounted sum (Engstrom section 3, items 2
+    and 5). Returns the rollout and the running sum of the next one.
+    """
+    rewards = raw.rewards
+    if args.norm_reward:
+        sums, running_sum = rolling_discounted_sums(rewards, raw.done, running_sum, gamma)
+        critic.reward_stats.update(sums.flatten())
+        rewards = (rewards / critic.reward_stats.std).clamp(-NORM_LIMIT, NORM_LIMIT)
+    obs = policy.normalize(raw.obs)
+    next_obs = policy.normalize(raw.next_obs)
+    rollout = raw._replace(obs=obs, next_obs=next_obs, rewards=rewards.float())
+    return Rollout(*(x.to(obs.device) for x in rollout)), running_sum
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and std of all rows seen so far (Chan et al. 1979). A constant component has std 1.
+
+    They are float64 and not buffers, so they stay on the CPU when the module moves to a device.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.count = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.var = torch.ones(shape, dtype=torch.float64)
+        self.std = torch.ones(shape, dtype=torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Merge rows (B, *shape)."""
+        rows = rows.to("cpu", torch.float64)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        mean = rows.mean(0)
+        var = rows.var(0, correction=0) + (1 - weight) * (mean - self.mean).square()
+        self.mean = (1 - weight) * self.mean + weight * mean
+        self.var = (1 - weight) * self.var + weight * var
+        constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
+        self.std = torch.where(constant, 1.0, self.var.sqrt())
+
+    def get_extra_state(self) -> dict:
+        names = ("count", "mean", "var", "std")
+        return {name: getattr(self, name) for name in names}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class ActionMap:
+    """Maps actions of the Gaussian, -1 to 1, to the bounds of a Box.
+
+    Where a bound is infinite or enormous, nothing is scaled. A finite bound still clips.
+    """
+
+    def __init__(self, space: gym.spaces.Box):
+        self.low = space.low  # (A,)
+        self.high = space.high  # (A,)
+        low = self.low.astype(np.float64)
+        high = self.high.astype(np.float64)
+        bounded = (np.abs(low) < HUGE) & (np.abs(high) < HUGE)
+        low = np.where(bounded, low, -1)
+        high = np.where(bounded, high, 1)
+        self.center = (high + low) / 2
+        self.half_range = (high - low) / 2
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Takes and returns (…, A)."""
+        actions = np.clip(self.center + self.half_range * samples, self.low, self.high)
+        return actions.astype(self.low.dtype)
+
+
+def make_envs(
+    env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
+) -> Envs:
+    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError."""
+    with suppress(Exception):
+        import mujoco
+
+        mujoco.set_mju_user_warning(mujoco_warning)
+    if env_id.count(":") > 1 or env_id.startswith(":"):
+        raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
+    envs = []
+    try:
+        for _ in range(num_envs):
+            envs.append(gym.make(env_id, **kwargs))
+            check_spaces(envs[-1], env_id)
+        return Envs(envs, seed, rng_states)
+    except BaseException as error:
+        close_all(envs)
+        if isinstance(error, gym.error.Error | ImportError):
+            raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
+        raise
+
+
+def mujoco_warning(text: str) -> None:
+    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    if "settotalmass" not in text:
+        print(text, file=sys.stderr)
+
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
+    obs = env.observation_space
+    actions = env.action_space
+    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
+    if flat_obs and float_actions and obs.shape[0] > 0 and actions.shape[0] > 0:
+        return
+    space = obs if float_actions else actions
+    hint = "No script here takes it"
+    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
+    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
+        hint = "ppo_atari.py and acer_discrete.py take discrete actions"
+        if actions.start != 0:
+            hint += " from 0: shift them with the wrapper TransformAction"
+    elif float_actions and not flat_obs:
+        hint = "Wrap it in FlattenObservation"
+    needs = "this script needs a flat Box of observations and a flat Box of float actions"
+    raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
+
+
+def close_all(envs: list[gym.Env]) -> None:
+    """Close every environment. A failure is only a warning, so that nothing else is lost."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception as error:
+            warnings.warn(f"an environment failed to close: {error!r}", stacklevel=2)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def to_python(value: object) -> object:
+    """Convert NumPy and PyTorch values to Python's, and paths to strings, also in containers."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind in (bool, int, float, str):  # and their subclasses
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict):
+        return {key: to_python(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_python(x) for x in value)
+    return value
+
+
+def check_finite(iteration: int, **quantities: Tensor) -> None:
+    """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
+    for name, values in quantities.items():
+        if not values.isfinite().all():
+            raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
+
+
+def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
+    """Raise NonFiniteError for observations or rewards that can't be trained on."""
+    rewards = rollout.rewards.float()  # shows what is too large for float32
+    check_finite(iteration, rewards=rewards)
+    if rollout.obs.dtype == torch.uint8:
+        return
+    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+    check_finite(iteration, observations=obs)
+    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+    if obs.abs().max() > limit:
+        hint = "" if norm_obs else ": add --norm-obs"
+        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
+
+
+def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
+    """Raise NonFiniteError for losses or weights that training can't go on with."""
+    losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
+    weights = torch.cat([param.detach().flatten() for param in params])
+    check_finite(iteration, losses=losses, parameters=weights)
+
+
+# ---- Algorithm -----------------------------------------------------------------------------------
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """Return the mean, or NaN if there are no values."""
+    return float(np.mean(values)) if values else math.nan
+
+
+STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation")
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Return the seed of one of the random streams of a run. The streams differ."""
+    sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
+    return int(sequence.generate_state(1)[0])
+
+
+def line(first: float, last: float, fraction: float) -> float:
+    """Return the value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
+    return (1 - fraction) * first + fraction * last
+
+
+def trpo(
+    args: Args,
+    state: dict | None = None,
+    compile_step: Callable[[Callable], Callable] = lambda step: step,
+) -> Iterator[dict[str, float]]:
+    """TRPO section 6, with the value network of GAE section 6.1. Yields metrics of each iteration.
+
+    If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
+    complete checkpoint with the keys policy, critic, adam, exploration, minibatches, step,
+    episodes, env_rng_states and spaces. `compile_step` gets minibatch_step and returns what to
+    use in its place. Seeds PyTorch's global generator. Raises InputError for an environment that
+    does not fit, NonFiniteError for NaN or infinity.
+
+    metrics["kl_iteration"] is the mean KL(π before ‖ π after) over the states of the iteration. It
+    contains all that changes π: the step and the new statistics of observations.
+    """
+    state = {} if state is None else state
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    rngs = {}
+    for name in ("exploration", "minibatches"):
+        rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
+    env_seed = stream_seed(args.seed, "environments")
+    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"))
+    with closing(envs):
+        policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(args.torch_device)
+        critic = Critic(envs.obs.shape[1:], args).to(args.torch_device)
+        params = [*policy.parameters(), *critic.parameters()]
+        adam = Adam(sum(param.numel() for param in critic.parameters())).to(args.torch_device)
+        modules = {"policy": policy, "critic": critic, "adam": adam}
+        if state:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            for name, rng in rngs.items():
+                rng.set_state(state[name])
+        step = state.get("step", 0)
+        envs.episodes.extend(state.get("episodes", ()))
+        running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
+        train_step = compile_step(minibatch_step)
+
+        while step + args.batch_size <= args.total_timesteps:
+            iteration = step // args.batch_size + 1
+            fraction = step / args.planned_steps
+            final_lr = 0.0 if args.anneal_lr else args.learning_rate
+            adam.lr.fill_(line(args.learning_rate, final_lr, fraction))
+
+            raw = collect(envs, policy, rngs["exploration"], args.num_steps)
+            check_rollout(raw, iteration, args.norm_obs)
+            with torch.no_grad():
+                mean_before, log_std_before = policy(raw.obs)
+                log_std_before = log_std_before.clone()
+            first = policy.obs_stats.count == 0
+            # The first rollout is sampled without statistics. They are then computed from it, and
+            # π_old, V and the ratio use them.
+            if first:
+                policy.obs_stats.update(raw.obs.flatten(0, 1))
+            rollout, running_sum = prepare(raw, policy, critic, running_sum, args.gamma, args)
+
+            rng = rngs["minibatches"]
+            metrics = update(policy, critic, adam, train_step, rollout, args.gamma, rng, args)
+            check_update(metrics, params, iteration)
+            if not first:
+                policy.obs_stats.update(raw.obs.flatten(0, 1))
+            with torch.no_grad():
+                mean, log_std = policy(raw.obs)
+                kl = gaussian_kl(mean_before, log_std_before, mean, log_std).mean()
+            metrics["kl_iteration"] = kl.item()
+
+            step += args.batch_size
+            state.update({name: module.state_dict() for name, module in modules.items()})
+            state.update({name: generator.get_state() for name, generator in rngs.items()})
+            state.update(step=step, episodes=list(envs.episodes))
+            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
+            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
+            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            yield metrics
+
+
+# ==================================================================================================
+# The algorithm ends here. Below is what runs it: files, progress, evaluation, command line.
+# ==================================================================================================
+
+ALGORITHM = "trpo_continuous"  # what a checkpoint is checked for
+GENERATOR = trpo
+WHY_AUTO = "the networks are small"  # for the device that --device auto takes
+SHOWN = "kl_iteration"  # the metric that the progress shows
+FIXED_ON_EVALUATION = ("norm_obs", "hidden_sizes")
+FIXED_ON_RESUME = (
+    "norm_obs",
+    "hidden_sizes",
+    "env_id",
+    "seed",
+    "num_envs",
+    "norm_reward",
+    "orthogonal_init",
+    "log_std_init",
+)
+RANGES = (
     (
-        "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_obs "
-        "clip_reward max_kl cg_iterations fisher_subsample line_search_steps line_search_decay natural_step "
-        "hidden_sizes",
+        "total_timesteps num_envs num_steps update_epochs num_minibatches hidden_sizes "
+        "learning_rate max_kl natural_step cg_iterations fisher_subsample line_search_steps",
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps return_floor cg_tol cg_damping", lambda x: x >= 0, "must not be negative"),
-    ("gamma gae_lambda fisher_subsample line_search_decay", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
-    ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
+    (
+        "seed eval_episodes return_floor cg_damping",
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (
+        "learning_rate return_floor max_kl natural_step cg_damping",
+        math.isfinite,
+        "must be finite",
+    ),
+    ("gamma gae_lambda fisher_subsample", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    ("line_search_decay", lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    ("log_std_init", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
-FIXED_ON_EVALUATION = "action_map norm_obs clip_obs hidden_sizes activation"
-FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs norm_reward orthogonal_init log_std_init log_std_final"
-AUTO_DEVICE = "the networks are small"
+
+SOURCE = Path(globals().get("__file__", ""))  # a notebook cell has none
+SCRIPT = SOURCE.stem if SOURCE.is_file() else ALGORITHM
+CHARTS = ("episodic_return", "episodic_length", "SPS", "learning_rate")  # other tags are losses/
+SAVE_SECONDS = 60  # between two checkpoints
+LINE_SECONDS = 60  # between two lines of progress where stdout is no terminal
+COMPILE_FROM = 250_000  # steps, for --compile auto
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 LONGEST_FILM = 3_000  # frames
 
 
-class InputError(ValueError):
-    """Bad input; the message is one line that says what to change."""
+def train(args: Args, _signals: Sequence[int] = ()) -> dict:
+    """Train from the start or from args.resume, then evaluate.
+
+    Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
+    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
+    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
+    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
+    checkpoint stays.
+
+    With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
+    start from `Args(**load_checkpoint(path)["args"])`.
+    """
+    folder = Path.cwd()  # an environment may change it
+    args = check_args(args)
+    require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
+    state = {}
+    if args.resume:
+        state = load_checkpoint(args.resume)
+        check_fixed(args, state["args"], FIXED_ON_RESUME)
+        load_policy(args.resume)  # raises InputError if the networks differ
+    start = state.get("step", 0)
+    check_environment(args, state.get("spaces"))
+    if args.video_dir:
+        check_film(args)
+    torch.set_num_threads(args.torch_threads)
+    with Log(args, start, folder) as log:
+        saved_at = -math.inf
+        with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+            for metrics in iterations:
+                log(state["step"], metrics)
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    saved_at = time.monotonic()
+                    try:
+                        save_checkpoint(log.run_dir, args, state)
+                    except SaveError as error:
+                        say(f"{error}. The next try is in a minute")
+                if _signals:
+                    break
+        checkpoint = str(log.run_dir / "checkpoint.pt")
+        if state["step"] > start:
+            save_checkpoint(log.run_dir, args, state)
+        log.end_training(state)
+        evaluation = {}
+        if args.eval_episodes and not _signals:
+            evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
+            log.end_evaluation(state["step"], evaluation)
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
+        if args.video_dir and not _signals:
+            film(load_policy(checkpoint), args, _signals)
+    deterministic = evaluation.get("deterministic")
+    return {
+        "steps": state["step"],
+        "episodic_return": mean_or_nan([ret for ret, _ in state["episodes"]]),
+        "eval_return": float(np.mean(deterministic)) if deterministic else None,
+        "checkpoint": checkpoint,
+        "run_dir": str(log.run_dir),
+    }
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, video_dir: str | None = None,
-    **env_kwargs,
-) -> list[float]:  # fmt: skip
-    """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, **kwargs
+) -> list[float]:
+    """Return the raw returns of one whole episode in each of `episodes` environments.
 
-    One each, since counting the first to end would favour short ones; cut after LONGEST_EVALUATION steps. `video_dir`
-    gets a GIF of the first environment; `env_kwargs` are make_envs's.
+    `act` maps raw observations (episodes, …) to actions of the environment (episodes, …). Only the
+    first episode of each environment counts, so that short episodes do not count more often. One
+    that does not end within LONGEST_EVALUATION steps is left out, and a line says so. `kwargs` are
+    those of make_envs.
     """
-    envs = make_envs(env_id, episodes, seed, **env_kwargs, **({"render_mode": "rgb_array"} if video_dir else {}))
-    returns, going, frames, obs = np.zeros(episodes), np.ones(episodes, bool), [], envs.obs
-    fps = envs.envs[0].metadata.get("render_fps", 30)
-    stride = max(1, round(fps / 25))  # steps a frame
-    for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
-            frames.append(envs.envs[0].render())
-        _, rewards, terminated, truncated, obs = envs.step(act(obs))
-        returns[going] += rewards[going]
-        going &= ~(terminated | truncated)
-        if not going.any():
-            break
-    if video_dir:
-        import imageio.v3
+    totals = np.zeros(episodes)
+    running = np.ones(episodes, bool)
+    with closing(make_envs(env_id, episodes, seed, **kwargs)) as envs:
+        for _ in progress_bar(range(LONGEST_EVALUATION), "evaluation"):
+            _, rewards, terminated, truncated = envs.step(act(envs.obs))
+            totals[running] += rewards[running]
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+    if running.any():
+        limit = f"within {LONGEST_EVALUATION:,} steps"
+        say(f"{running.sum()} of {episodes} episodes did not end {limit}. They are left out")
+    return totals[~running].tolist()
 
-        path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal. It may be None, closed, or an object without isatty."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def progress_bar(steps: Iterable[int], name: str) -> Iterable[int]:
+    """Show a bar on a terminal. It has no total, because an episode may end at any step."""
+    hidden = not is_terminal(sys.stderr)
+    return steps if hidden else tqdm(iter(steps), name, unit="step", leave=False)
+
+
+def task_name(env_id: str) -> str:
+    """Return the last part of an id, for names of files."""
+    return env_id.replace(":", "/").split("/")[-1]
+
+
+def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
+    """Return `act`, but raising KeyboardInterrupt after a signal."""
+
+    def checked(*inputs):
+        if signals:
+            raise KeyboardInterrupt
+        return act(*inputs)
+
+    return checked
+
+
+def evaluate_policy(
+    policy: nn.Module, args: Args, signals: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Evaluate mean actions and sampled actions. Prints and returns their returns."""
+    policy.to(args.torch_device)
+    seed = stream_seed(args.seed, "evaluation")
+    rng = torch.Generator().manual_seed(seed)
+    acts = {
+        "deterministic": policy.act,
+        "sampled": lambda obs: policy.act(obs, False, rng),
+    }
+    evaluation = {}
+    for mode, act in acts.items():
+        returns = evaluate(interruptible(act, signals), args.env_id, args.eval_episodes, seed)
+        evaluation[mode] = returns
+        result = "no episode ended"
+        if returns:
+            result = f"{np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+        say(f"evaluation, {mode}: {result}")
+    return evaluation
+
+
+def make_film_env(args: Args) -> Envs:
+    """Make one environment that renders. The camera `track` of a MuJoCo model follows the robot."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    seed = stream_seed(args.seed, "evaluation")
+    envs = make_envs(args.env_id, 1, seed, render_mode="rgb_array")
+    renderer = getattr(envs.envs[0].unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.camera_id == -1:  # the environment chose none
+        import mujoco
+
+        kind = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, kind, "track")  # -1: none
+    return envs
+
+
+def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
+    """Write a GIF of one episode of the most probable actions. If that fails, a line says why."""
+    path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
+    new = path.with_suffix(".tmp")
+    act = interruptible(policy.act, signals)
+    try:
+        from PIL import Image
+        from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
-        print(f"video {path}")
-    return returns.tolist()
+        with closing(make_film_env(args)) as envs, new.open("wb") as file:
+            stride = max(1, round(envs.fps / 25))  # steps a frame
+            milliseconds = round(1000 * stride / envs.fps)
+            for step in progress_bar(range(LONGEST_FILM * stride), "film"):
+                if step % stride == 0:
+                    image = Image.fromarray(envs.render()).quantize()
+                    if step == 0:
+                        file.writelines(getheader(image, info={"loop": 0})[0])
+                    frame = getdata(image, duration=milliseconds, include_color_table=True)
+                    file.writelines(frame)
+                _, _, terminated, truncated = envs.step(act(envs.obs))
+                if terminated[0] or truncated[0]:
+                    break
+            file.write(b";")  # the end of a GIF
+        os.replace(new, path)
+        say(f"film {path}")
+    except Exception as error:  # every renderer raises types of its own
+        say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
-def evaluate_policy(policy: Policy, args: Args) -> dict[str, list[float]]:
-    """Returns of the policy with frozen statistics, deterministic and sampled."""
-    rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
-    std = policy.log_std.detach().exp()
-
-    def sample(obs: np.ndarray) -> np.ndarray:
-        return policy.act(obs, torch.randn(len(obs), len(std), generator=rng).to(std.device) * std)[1]
-
-    deterministic = evaluate(lambda obs: policy.act(obs)[1], args.env_id, args.eval_episodes, seed, args.video_dir)
-    return {"deterministic": deterministic, "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed)}
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line. A closed terminal or a character that it does not know raises nothing."""
+    file = file or sys.stdout
+    with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), file=file, flush=True)
 
 
-def print_evaluation(evaluation: dict[str, list[float]]) -> None:
-    """Mean and standard deviation over episodes of each mode."""
-    for mode, returns in evaluation.items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+@cache
+def say_once(text: str) -> None:
+    """Print a line that this process has not printed before."""
+    say(text)
 
 
-def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
-    """Write checkpoint.pt so that a crash leaves the old file or the new one, never half of one; -> its path."""
-    torch.save({"script": SCRIPT, "args": asdict(args)} | state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-    return str(run_dir / "checkpoint.pt")
+def write_json(path: Path, content: dict) -> None:
+    """Write standard JSON. It has no infinity and no NaN, so they become strings."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def load_checkpoint(path: str, args: Args | None = None, fixed: str = "") -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` differ in `fixed`."""
+class SaveError(OSError):
+    """A checkpoint can't be written. The message is one line."""
+
+
+def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
+    """Write checkpoint.pt. A crash leaves the old file or the new one. Raises SaveError."""
+    new = Path(run_dir, "checkpoint.tmp")
+    try:
+        torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+        load_checkpoint(str(new))  # never replace a good file by one that can't be read
+        os.replace(new, Path(run_dir, "checkpoint.pt"))
+    except (OSError, RuntimeError, InputError) as error:
+        with suppress(OSError):
+            new.unlink()
+        raise SaveError(f"can't save a checkpoint in {run_dir}: {first_line(error)}") from error
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is damaged or of another script.
+
+    "args" are the fields of this version of Args. Fields that are new have their default.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = saved["script"], saved["args"]
     except Exception as error:  # torch.load raises many unrelated types
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
-        raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
-    for name in fixed.split():
-        if getattr(args, name) != saved_args[name]:
-            raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
+        name = type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint ({name})") from error
+    known = isinstance(saved, dict) and {"algorithm", "args"} <= saved.keys()
+    require(known, f"{path} is not a checkpoint of this version of {ALGORITHM}.py")
+    writer = saved["algorithm"]
+    require(writer == ALGORITHM, f"{path} was written by {writer}.py: use that script")
+    names = {field.name for field in fields(Args)}
+    unknown = sorted(saved["args"].keys() - names)
+    if unknown:
+        listed = ", ".join(unknown)
+        say_once(f"{Path(path).absolute()} has flags that are not known here: ignored {listed}")
+    kept = {name: value for name, value in saved["args"].items() if name in names}
+    saved["args"] = asdict(Args(**kept))
     return saved
 
 
-class Log:
-    """Run folder with config.json, progress.csv and TensorBoard events; head lines and, on a terminal, progress bar."""
+def load_policy(path: str) -> Policy:
+    """Return the policy of a checkpoint, on the CPU. Its environment need not be installed.
 
-    def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
+    `policy.act(obs, deterministic=True)` maps raw observations (…, O) to actions (…, A).
+    """
+    saved = load_checkpoint(path)
+    spaces = saved["spaces"]
+    dtype = np.dtype(spaces["action_dtype"])
+    low = np.array(spaces["action_low"], dtype)
+    high = np.array(spaces["action_high"], dtype)
+    action_space = gym.spaces.Box(low, high, dtype=dtype)
+    policy = Policy(tuple(spaces["obs_shape"]), action_space, Args(**saved["args"]))
+    try:
+        policy.load_state_dict(saved["policy"])
+    except RuntimeError as error:
+        raise InputError(f"{path} has other networks than this {SCRIPT}.py") from error
+    return policy.eval()
+
+
+def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Return the rows of a progress.csv up to `last_step`. Leaves out what is damaged."""
+    rows = []
+    with suppress(OSError, csv.Error):
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # without a cut-off last line
+        for row in csv.DictReader(lines):
+            with suppress(KeyError, TypeError, ValueError):
+                whole = None not in row and None not in row.values()
+                if whole and int(row["step"]) <= last_step and math.isfinite(float(row["seconds"])):
+                    rows.append(row)
+    return rows
+
+
+class Log:
+    """Keeps config.json, progress.csv and TensorBoard events of a run, and shows its progress."""
+
+    def __init__(self, args: Args, step: int, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{Path(args.env_id.replace(':', '/')).name}__{SCRIPT}__s{args.seed}__{unique}"
-        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir)
+        inside = self.run_dir.is_relative_to(folder)
+        self.shown = self.run_dir.relative_to(folder) if inside else self.run_dir
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.open_files(args, step)
         except OSError as error:
-            raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
-        script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        path = self.run_dir / (f"config-{step}.json" if args.resume else "config.json")
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        path = self.run_dir / "progress.csv"
-        header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
-        kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
-        self.file = path.open("w", buffering=1)  # a line at a time
-        self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
+            name = "--resume" if args.resume else "--run-dir"
+            why = f"{first_line(error)}. Name a folder that can be written"
+            raise InputError(f"{name} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        total = args.num_iterations * args.batch_size
-        why = "as asked" if args.device != "auto" else f"auto: {AUTO_DEVICE}"
-        print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
-        print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
-        print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
-        print(f"device {device} ({why}), {num_params:,} parameters", flush=True)
-        self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.step, self.last, self.seconds = step, time.time(), float(kept[-1][1]) if kept else 0.0
+        self.bar = None
+        self.step = step
+        self.last = time.monotonic()
+        self.last_line = self.last
+        self.total = args.planned_steps
 
-    def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
-        """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
-        elapsed, (returns, lengths) = time.time() - self.last, np.mean(episodes or [(math.nan,) * 2], axis=0).tolist()
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
+        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
+        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
+        say(size + (f", from {step:,}" if step else ""))
+        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
+        say(f"device {args.torch_device} ({why})")
+        if step + args.batch_size > args.total_timesteps:
+            say("nothing is left to train: a larger --total-timesteps continues")
+
+    def open_files(self, args: Args, step: int) -> None:
+        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        config = {"args": asdict(args), "device": str(args.torch_device)}
+        config["python"] = sys.version.split()[0]
+        config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
+        if SOURCE.is_file():
+            config["script_sha256"] = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+        name = f"config-{step}.json" if args.resume else "config.json"
+        write_json(self.run_dir / name, config)
+
+        if step + args.batch_size <= args.total_timesteps:
+            (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
+        path = self.run_dir / "progress.csv"
+        rows = whole_rows(path, step) if step else []
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.columns = list(rows[0]) if rows else None
+        new = path.with_suffix(".tmp")
+        with new.open("w", newline="") as file:
+            if rows:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(new, path)
+        self.file = path.open("a", buffering=1, newline="")
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of one iteration that ended at `step`."""
+        elapsed = time.monotonic() - self.last
         sps = (step - self.step) / elapsed
-        charts = {"episodic_return": returns, "episodic_length": lengths, "SPS": sps, "learning_rate": lr}
-        self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
-        if not self.file.tell():
-            self.file.write(",".join(["step", "seconds", *charts, *stats]) + "\n")
-        cells = {**charts, **stats}
-        values = ("" if math.isnan(x) else f"{x:.6g}" for x in cells.values())
-        self.file.write(",".join([str(step), f"{self.seconds:.2f}", *values]) + "\n")
-        for name, value in cells.items():
-            if not math.isnan(value):
-                self.events.add_scalar(f"{'charts' if name in charts else 'losses'}/{name}", value, step)
-        self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
+        metrics = {"SPS": sps} | metrics
+        if self.bar is None:  # the first iteration may print lines
+            options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
+            hidden = not is_terminal(sys.stderr)
+            self.bar = tqdm(initial=self.step, total=self.total, disable=hidden, **options)
+        self.step = step
+        self.last += elapsed
+        self.seconds += elapsed
+        try:
+            self.write(step, metrics)
+        except OSError as error:  # a full disk must not end the run
+            say_once(f"progress.csv and TensorBoard are not complete: {error}")
+        mean_return = f"{metrics['episodic_return']:.1f}"
+        shown = f"{metrics[SHOWN]:.4f}"
+        self.bar.set_postfix({"return": mean_return, SHOWN: shown}, refresh=False)
         self.bar.update(step - self.bar.n)
+        seen = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        if not seen and self.last - self.last_line >= LINE_SECONDS:
+            self.last_line = self.last
+            done = f"step {step:,} of {self.total:,}"
+            say(f"{done}  return {mean_return}  {SHOWN} {shown}  {sps:.0f} steps/s")
 
-    def finish(self, step: int, mean_return: float, episodes: int, evaluation: dict, path: str) -> None:
-        """Write the evaluation, if there was one, and print the closing lines."""
-        if evaluation:
-            (self.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-            self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
-        print(f"mean return of the last {episodes} training episodes {mean_return:.1f}")
-        print_evaluation(evaluation)
-        print(f"{step:,} steps in {self.seconds:.0f} s  {path}")
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one row of progress.csv and the TensorBoard scalars."""
+        row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
+        for name, value in metrics.items():
+            row[name] = "" if math.isnan(value) else f"{value:.6g}"
+        if self.columns is None:
+            self.columns = list(row)
+            self.file.write(",".join(self.columns) + "\n")
+        options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(self.file, self.columns, **options).writerow(row)
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                group = "charts" if name in CHARTS else "losses"
+                self.events.add_scalar(f"{group}/{name}", value, step)
+
+    def end_training(self, state: dict) -> None:
+        """Print the training score."""
+        if self.bar is not None:
+            self.bar.close()
+        returns = [ret for ret, _ in state["episodes"]]
+        count = f"the last {len(returns)} training episodes"
+        text = f"mean return of {count} {mean_or_nan(returns):.1f}"
+        say(text if returns else "no training episode ended")
+
+    def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
+        """Write eval.json, and the deterministic score for TensorBoard."""
+        try:
+            write_json(self.run_dir / "eval.json", evaluation)
+            if evaluation["deterministic"]:
+                mean = np.mean(evaluation["deterministic"])
+                self.events.add_scalar("eval/return", mean, step)
+        except OSError as error:
+            say_once(f"eval.json and TensorBoard are not complete: {error}")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        for part in (self.bar, self.events, self.file):
-            part.close()
+        if self.bar is not None:
+            self.bar.close()
+        for file in (self.events, self.file):
+            with suppress(OSError):
+                file.close()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
-    caught, previous = [], {}
-
-    def note(number: int, _) -> None:
-        caught.append(number)
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, b"\nstopping after this iteration; once more kills\n")
-        for s in previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    with suppress(ValueError):  # only the main thread can catch signals
-        previous.update({s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield caught
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
-def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Callable:
-    """`function` as one compiled graph if --compile asks for it and PyTorch can; else eager, saying why."""
-    torch.compiler.reset()  # a process may train many configurations; PyTorch recompiles a function a few times only
-    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < 250_000):
+def compile_or_eager(function: Callable, args: Args) -> Callable:
+    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
+    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        print("not compiled: this PyTorch can't trace torch.autograd.grad")
+        say("not compiled: this PyTorch can't compile torch.autograd.grad")
         return function
     torch._dynamo.config.trace_autograd_ops = True
-    print("compiling: the first iteration takes up to half a minute", flush=True)
-    cuda_graphs = device.type == "cuda"
-    how = {"mode": "reduce-overhead"} if cuda_graphs else {"options": {"cpp_wrapper": device.type == "cpu"}}
+    cuda = args.torch_device.type == "cuda"
+    how = {"mode": "reduce-overhead"} if cuda else {"options": {"cpp_wrapper": True}}
     chosen = torch.compile(function, fullgraph=True, **how)
+    first = True
 
     def compiled(*inputs):
-        nonlocal chosen
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
+        nonlocal chosen, first
+        if first:
+            say("compiling: the first iteration takes up to half a minute")
+            first = False
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # the next call overwrites the outputs
         try:
-            return chosen(*inputs)
+            outputs = chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
-            print(f"not compiled: {str(error).splitlines()[0]}")
+            say(f"not compiled: {first_line(error)}")
             chosen = function
-            return function(*inputs)
+            outputs = function(*inputs)
+        return {name: x.clone() for name, x in outputs.items()} if cuda else outputs
 
     return compiled
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of --device. Raises InputError if it is not there."""
-    try:
-        return torch.zeros(1, device="cpu" if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).split(". ")[0].splitlines()[0]
-        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
+def require(condition: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
-def check_spaces(env: gym.Env, env_id: str) -> None:
-    """Raise InputError unless observations and actions are flat Boxes."""
-    for space, hint in (
-        (env.action_space, "for discrete actions use acer_discrete.py"),
-        (env.observation_space, "for images use ppo_atari.py, else the wrapper FlattenObservation"),
-    ):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"--env-id {env_id} has the space {space}, but this script needs a flat Box: {hint}")
+def flag(name: str) -> str:
+    """Return the flag of a field of Args."""
+    return "--" + name.replace("_", "-")
 
 
-def check_args(args: Args) -> None:
-    """Raise InputError for values that can't be trained with."""
-    for names, holds, what in CHECKS:
+def check_type(name: str, value: object, kind: object) -> None:
+    """Raise InputError unless the value of a flag is of the type that Args declares."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
+    elif get_origin(kind) is tuple:
+        whole = isinstance(value, tuple) and all(type(x) is int for x in value)
+        require(whole, f"{name} {value!r} must be a tuple of whole numbers")
+    elif set(kinds) <= {bool, int, float, str, type(None)}:
+        names = " or ".join(x.__name__ for x in kinds)
+        fits = type(value) in kinds
+        require(fits, f"{name} {value!r} must be of type {names}")
+        require(value != "", f"{name} is empty")
+
+
+def check_args(args: Args) -> Args:
+    """Return a copy with plain values and whole paths. Raises InputError for what can't be used."""
+    args = replace(args, **to_python(asdict(args)))
+    for field, kind in get_type_hints(Args).items():
+        name = flag(field)
+        value = getattr(args, field)
+        if isinstance(value, list):
+            value = tuple(value)
+        kinds = get_args(kind) or (kind,)
+        if int in kinds and isinstance(value, float):
+            require(value % 1 == 0, f"{name} {value} must be a whole number")
+            value = int(value)
+        if float in kinds and int not in kinds and type(value) is int:
+            require(abs(value) < 1e300, f"{name} is too large")
+            value = float(value)
+        check_type(name, value, kind)
+        setattr(args, field, value)
+    for names, holds, what in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
-                raise InputError(f"--{name.replace('_', '-')} {value} {what}")
-    if args.batch_size < 2:
-        raise InputError("num_envs x num_steps must be 2 or more")
-    if args.batch_size % args.num_minibatches:
-        raise InputError(f"--num-minibatches must divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        raise InputError(f"--total-timesteps is less than one batch, num_envs x num_steps = {args.batch_size}")
-    if args.resume and Path(args.resume).name != "checkpoint.pt":
-        raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
-    if args.evaluate and not args.eval_episodes:
-        raise InputError("--evaluate needs --eval-episodes of 1 or more")
-    if args.video_dir:
-        try:
-            make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
-        except InputError:
-            raise
-        except Exception as error:  # every renderer raises types of its own
-            hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
+            values = value if isinstance(value, tuple) else [value]
+            good = value is None or all(holds(x) for x in values)
+            require(good, f"{flag(name)} {value} {what}")
+
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    require(args.batch_size >= 2, f"{size} must be 2 or more")
+    require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    if args.resume:
+        name = Path(args.resume).name
+        why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
+        require(name == "checkpoint.pt", why)
+    evaluates = args.eval_episodes > 0 or not args.evaluate
+    require(evaluates, "--evaluate needs --eval-episodes of 1 or more")
+    taken = any(getattr(args, name) == value for name, value in PAPER.items())
+    require(taken or not args.paper, "paper=True changes nothing in Python: write Args(**PAPER)")
+    check_algorithm_args(args)
+    try:
+        torch.zeros(1, device=args.torch_device).item()
+    except Exception as error:  # every backend raises types of its own
+        raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
+
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
+    return args
 
 
-def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise FloatingPointError if one of the tensors holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in {name}, in the iteration after step {step:,}")
+def check_environment(args: Args, spaces: dict | None) -> None:
+    """Raise InputError unless the environment works with this script and with a checkpoint."""
+    envs = make_envs(args.env_id, 1, args.seed)
+    envs.close()
+    fits = spaces is None or spaces == envs.spaces
+    require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
+    content = {"args": asdict(args), "spaces": envs.spaces, "env_rng_states": envs.rng_states}
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises many unrelated types
+        why = f"a checkpoint can't hold its flags or its environment: {first_line(error)}"
+        raise InputError(why) from error
+
+
+def check_film(args: Args) -> None:
+    """Raise InputError unless the environment can be rendered."""
+    try:
+        with closing(make_film_env(args)) as envs:
+            envs.render()
+    except Exception as error:  # every renderer raises types of its own
+        why = f"{type(error).__name__}: {first_line(error)}"
+        hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+        raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
+
+
+def check_algorithm_args(args: Args) -> None:
+    """Raise InputError for flags that contradict each other."""
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    divides = args.batch_size % args.num_minibatches == 0
+    require(divides, f"--num-minibatches must divide {size}")
+    used = args.norm_reward or args.return_floor == 0
+    require(used, "--return-floor has no effect without --norm-reward")
+    unused = {
+        "trpo": ("natural_step",),
+        "truncated": ("natural_step", "line_search_steps", "line_search_decay"),
+        "natural": ("max_kl", "return_floor", "line_search_steps", "line_search_decay"),
+    }
+    for name in unused[args.step]:
+        default = getattr(args, name) == getattr(Args, name)
+        require(default, f"{flag(name)} has no effect with --step {args.step}")
+
+
+def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:
+    """Raise InputError if args differ from a checkpoint's where they can't change."""
+    for name in names:
+        value = getattr(args, name)
+        same = value == saved[name]
+        require(same, f"{flag(name)} {value}: the checkpoint has {saved[name]}, which can't change")
+
+
+def cli(default: Args) -> Args:
+    """Read the command line. Flags that are not given have the values of `default`."""
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "algorithm": AlgorithmArgs}
+    defaults = {}
+    for name, group in groups.items():
+        defaults[name] = group(**{f.name: getattr(default, f.name) for f in fields(group)})
+    flags = make_dataclass("Flags", groups.items())
+    config = (tyro.conf.OmitArgPrefixes,)
+    description = (__doc__ or ALGORITHM).splitlines()[0]
+    given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
+    values = {}
+    for name in groups:
+        values |= vars(getattr(given, name))
+    return Args(**values)
 
 
 def parse_args() -> Args:
-    """Command line -> Args; --resume and --evaluate take the checkpoint's arguments as defaults."""
-    cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
-    args = cli()
-    if args.resume and (args.evaluate or args.run_dir):
-        raise InputError("--resume goes on in the checkpoint's own folder: leave out --evaluate and --run-dir")
-    if not (args.resume or args.evaluate):
-        return args
-    saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
+    """Return the Args of the command line. --resume and --evaluate start from a checkpoint's."""
+    args = cli(Args())
+    path = args.resume or args.evaluate
+    if not path:
+        return cli(Args(**PAPER, paper=True)) if args.paper else args
+    require(not args.paper, "--paper: a checkpoint has its own settings, leave it out")
+    if args.resume:
+        why = "--resume continues in the checkpoint's folder: leave out --evaluate and --run-dir"
+        require(not args.evaluate and not args.run_dir, why)
+    saved = Args(**load_checkpoint(path)["args"])
     episodes = saved.eval_episodes or (Args.eval_episodes if args.evaluate else 0)
-    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
+    own = {"resume": None, "run_dir": None, "video_dir": None, "eval_episodes": episodes}
+    return cli(replace(saved, **own))
+
+
+def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
+    """Run --evaluate: print the scores of a checkpoint, and film it if --video-dir is given."""
+    args = check_args(args)
+    saved = load_checkpoint(args.evaluate)
+    check_fixed(args, saved["args"], FIXED_ON_EVALUATION)
+    policy = load_policy(args.evaluate)
+    check_environment(args, saved["spaces"])
+    evaluate_policy(policy, args, signals)
+    if args.video_dir:
+        film(policy, args, signals)
+
+
+def drop_unread_output() -> None:
+    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    """Run the command line; -> the exit code."""
+    """Run the command line. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    signals = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    caught = [
+        n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        for n in caught:
+            signal.signal(n, signal.SIG_DFL)
+        with suppress(OSError):
+            if sys.stderr is not None:  # else 2 may be another file
+                os.write(2, b"\nstopping: a second signal kills\n")
+
+    for n in caught:
+        signal.signal(n, stop)
     try:
         args = parse_args()
-        if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        if not args.evaluate:
-            return 128 + signum if (signum := train(args)["signal"]) else 0
-        check_args(args)
-        saved = load_checkpoint(args.evaluate, args, FIXED_ON_EVALUATION)
-        env = make_envs(args.env_id, 1, args.seed).envs[0]
-        policy = Policy(env.observation_space.shape, env.action_space, args).to(pick_device(args.device))
-        try:
-            policy.load_state_dict(saved["policy"])
-        except RuntimeError as error:
-            raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
-        print_evaluation(evaluate_policy(policy, args))
-        return 0
+        if args.evaluate:
+            evaluate_checkpoint(args, signals)
+        else:
+            train(args, signals)
     except InputError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", file=sys.stderr)
+    except NonFiniteError as error:
+        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        return 1
+    except SaveError as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + (signals[0] if signals else signal.SIGINT)
+    except BrokenPipeError:  # of --help
+        return 0
+    finally:
+        with suppress(AttributeError, ValueError):
+            drop_unread_output()
+    return (128 + signals[0]) if signals else 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
