@@ -1,62 +1,80 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
-#                 "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0", "pygame==2.6.1",
+# ]
 # ///
-"""Proximal policy optimization (PPO) for Atari games and other tasks seen as images, in one file.
+"""Proximal policy optimization (PPO) for discrete actions: Atari, images and vectors, in one file.
 
-Papers   PPO       Schulman et al. 2017, arXiv:1707.06347v2       GAE    Schulman et al. 2016, arXiv:1506.02438v6
-         Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1       DQN    Mnih et al. 2015, doi:10.1038/nature14236
-         Pardo     Pardo et al. 2018, arXiv:1712.00378v4          Kingma Kingma & Ba 2015, arXiv:1412.6980v9
-         Machado   Machado et al. 2018, arXiv:1709.06009v2        TRPO   Schulman et al. 2015, arXiv:1502.05477v5
-Install  pip install --requirements-from-script ppo_atari.py            (pip 26 or later; or `uv run` the file)
-Run      python ppo_atari.py --env-id ALE/Breakout-v5 --seed 1
-Resume   python ppo_atari.py --resume runs/<run>/checkpoint.pt
-Evaluate python ppo_atari.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
+Papers
+    PPO       Schulman et al. 2017, arXiv:1707.06347v2
+    GAE       Schulman et al. 2016, arXiv:1506.02438v6
+    TRPO      Schulman et al. 2015, arXiv:1502.05477v5
+    DQN       Mnih et al. 2015, doi:10.1038/nature14236
+    Machado   Machado et al. 2018, arXiv:1709.06009v2
+    Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
+    Pardo     Pardo et al. 2018, arXiv:1712.00378v4
+    Kingma    Kingma & Ba 2015, arXiv:1412.6980v9
 
-Equation map: equation -> function -> symbol
-    GAE eq. 16                     linear_recursion          Σ_l (γλ)^l δ_{t+l}
-    GAE eq. 16, PPO eqs. 11-12     gae                       Â_t, δ_t
+Install   pip install torch==2.13.0 gymnasium==1.4.0 ale-py pygame tyro tensorboard tqdm
+          (or `uv run ppo_atari.py`, which reads the exact versions from the top of this file)
+Run       python ppo_atari.py --env-id ALE/Breakout-v5 --seed 1
+          python ppo_atari.py --env-id CartPole-v1 --seed 1
+Resume    python ppo_atari.py --resume runs/<run>/checkpoint.pt
+Evaluate  python ppo_atari.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
+From Python: train(Args(env_id="Acrobot-v1")), load_policy("runs/<run>/checkpoint.pt").act(obs)
+
+Equation map
+    equation                       function                  symbol
+    PPO section 3                  ppo_loss                  r_t(θ)
     PPO eq. 7                      clipped_surrogate         L^CLIP
+    PPO eq. 9                      ppo_loss                  L^CLIP - c1 L^VF + c2 S
     PPO eq. 9                      value_loss                L^VF
-    Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
-    TRPO appendix D                categorical_logp          log π(a|s)
     PPO eq. 9                      categorical_entropy       S[π]
+    PPO eqs. 11-12, GAE eq. 16     gae                       Â_t, δ_t
+    PPO Algorithm 1                ppo, update               N actors, T steps, K epochs
+    GAE footnote 2                 advantages                V^targ
+    TRPO appendix D                categorical_logp          log π(a|s)
     TRPO eq. 12                    categorical_kl            KL(π_old ‖ π)
+    DQN Methods                    nature_cnn                convolutional network
+    Engstrom section 3, item 1     clipped_value_loss        L^VF with V clipped around V_old
+    Engstrom section 3, item 2     rolling_discounted_sums   R_t, whose std divides the rewards
     Engstrom section 3, item 9     clip_global_norm          gradient clipping
-    PPO eq. 9                      minibatch_gradient        L^CLIP - c1 L^VF + c2 S
-    Kingma Algorithm 1             Adam                      θ, m̂, v̂
-    PPO Algorithm 1                train                     N actors x T steps, K epochs of minibatches
-Departures from the PPO paper (section 6.4, Table 5), and the flags that give the paper back
-    --update-epochs 3                   3 epochs instead of the 4 of OpenAI's baselines, which others compare with
-    --anneal-clip                       ε annealed to zero, as the learning rate is
-    --vf-coef 1                         c1 = 1; 0.25 is what baselines' 0.5, of a halved error, amounts to
-    --no-norm-adv                       advantages not standardized over the minibatch
-    --max-grad-norm inf                 gradients unclipped
-    --no-norm-obs                       pixels over 255, instead of normalized by their running mean and std
-    --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    (always on)                         DQN's network, as in baselines, instead of the smaller one of Mnih et al. 2016
-    (always on)                         V(final observation) completes games cut by a time limit (Pardo eq. 6)
+    Kingma Algorithm 1             Adam                      m, v, θ
 
-Resuming restores weights, optimizer and random generators. Episodes in flight start anew, and ALE's random states can't
-be saved: its games then go on from new seeds. Elsewhere a run is bit-exact where episodes end with the rollout.
+Departures from the PPO paper (section 6.4) that no flag reverts (PAPER below lists the others)
+    The network for images is that of DQN. The paper has the smaller one of Mnih et al. 2016.
+    When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
+    The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
+    ALE presses FIRE when it resets a game. After a lost life FIRE replaces the policy's action, and
+    the policy's action is stored.
+    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
+    which was sampled without statistics.
+    Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
+
+A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
+run equals the uninterrupted run bit for bit. The random states of ALE can't be saved, so a resumed
+run plays its games with new seeds.
 """
 
-import ctypes
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -65,54 +83,86 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- Args ------------------------------------------------------------------------------------------------------------
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
-    # run
-    seed: int = 1  # seed of everything random: initialization, action noise, minibatch order, environments
-    total_timesteps: int = 10_000_000  # environment steps, rounded down to whole iterations; four frames each in ALE
-    run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
-    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given win, or are refused
-    evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
-    eval_episodes: int = 10  # full games of the evaluation at the end, deterministic and sampled each; 0 = none
-    video_dir: str | None = None  # folder for a GIF of the first evaluation episode
-    save_every: int = 100  # iterations between checkpoints; one is always written at the end
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA where there is a GPU
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the minibatch step; auto = from 250,000 steps on
-    bf16: bool = False  # run the network in bfloat16 (autocast), its parameters, heads and losses in float32
-    # environment
-    env_id: str = "ALE/Breakout-v5"  # Gymnasium id of images, or of an ALE game, whose other settings are these flags
-    num_envs: int = 8  # N, environments; ALE's are stepped in parallel, others in turn
-    frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
-    frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
-    noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: press fire to begin a game, and as the first action of each life (baselines)
-    life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
-    repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
-    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
-    norm_obs: bool = True  # normalize each pixel by its running mean and std; else divide it by 255
-    clip_obs: float = 5.0  # clip normalized pixels to ± this; inf = off
-    clip_rewards: bool = True  # learn from the sign of the reward (DQN methods); scores logged are raw
-    # algorithm
+class RunArgs:
+    # Gymnasium id of an ALE game, of images or of vectors, or module:Env-v0 for one of your own
+    env_id: str = "ALE/Breakout-v5"
+    seed: int = 1  # seed of weights, actions, minibatches and environments
+    # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. A step of ALE
+    # is 4 frames. With --resume, a larger value stretches the schedules. None: 10,000,000 for
+    # images, 500,000 for vectors
+    total_timesteps: int | float | None = None
+    paper: bool = False  # use the settings of the PPO paper, where no other flag is given
+    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    run_dir: str | None = None
+    # continue from this checkpoint.pt with its flags. Flags you give override them
+    resume: str | None = None
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
+    # evaluation. An episode of ALE is a whole game
+    eval_episodes: int = 10
+    video_dir: str | None = None  # folder for a GIF of one episode with the most probable actions
+    # auto, cpu, cuda, cuda:1 or mps. auto is cuda for images where there is a GPU, else cpu
+    device: str = "auto"
+    # compile the minibatch step with torch.compile. auto compiles runs of 250,000 steps or more
+    compile: Literal["auto", "on", "off"] = "auto"
+    # compute the layers below the two heads in bfloat16. Weights and losses stay in float32
+    bf16: bool = False
+
+
+@dataclass
+class EnvironmentArgs:
+    num_envs: int = 8  # N, number of environments. ALE steps them in parallel
+    # ALE: a lost life ends the return that is learned from, but not the game (DQN Methods)
+    life_loss_terminal: bool = True
+    # ALE: probability that the last action is repeated, whatever the id says. Machado recommends
+    # 0.25
+    repeat_action_probability: float = 0.0
+    # normalize observations, each component or pixel by its running mean and std. Without it,
+    # pixels are divided by 255
+    norm_obs: bool = True
+    # vectors: divide rewards by the running std of their rolling discounted sum, and clip them to
+    # ±10
+    norm_reward: bool = True
+    # images: learn from the sign of the reward (DQN Methods). Scores are of raw rewards
+    clip_rewards: bool = True
+    images: tyro.conf.Suppress[bool | None] = None  # not a flag: set by fill_defaults
+
+
+@dataclass
+class AlgorithmArgs:
     num_steps: int = 128  # T, steps per environment and iteration
-    update_epochs: int = 4  # K, passes over the batch of N x T samples
-    num_minibatches: int = 4  # minibatches per epoch; the minibatch size M is N x T / this
-    learning_rate: float = 2.5e-4  # Adam's step size
+    # K, passes over the batch of N x T samples. None: 4 for images, 10 for vectors
+    update_epochs: int | None = None
+    num_minibatches: int = 4  # minibatches per epoch, each of M = N x T / num_minibatches samples
+    # α, step size of Adam. None: 2.5e-4 for images, 1e-3 for vectors
+    learning_rate: float | None = None
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    adam_eps: float = 1e-5  # Adam's ε (PyTorch's default is 1e-8)
-    gamma: float = 0.99  # γ, discount factor
-    gae_lambda: float = 0.95  # λ of GAE eq. 16; 0 = one-step TD, 1 = Monte Carlo
-    norm_adv: bool = True  # standardize advantages over the minibatch
-    clip_coef: float = 0.1  # ε of PPO eq. 7
+    gamma: float = 0.99  # γ, the discount factor
+    gamma_final: float | None = None  # anneal γ linearly to this. None: γ is constant
+    gae_lambda: float = 0.95  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
+    norm_adv: bool = True  # standardize the advantages over the whole batch
+    # ε of PPO eq. 7 and of clip_vloss. None: 0.1 for images, 0.2 for vectors
+    clip_coef: float | None = None
     anneal_clip: bool = False  # anneal ε linearly to zero
-    clip_vloss: bool = False  # clip V around its old value by ε; not in the paper
-    vf_coef: float = 0.25  # c1 of PPO eq. 9, weight of the un-halved squared error
+    clip_vloss: bool = False  # clip V to ±ε around its old value. Not in the paper
+    # c1 of PPO eq. 9, weight of the squared error. OpenAI baselines' 0.5 is of half of it
+    vf_coef: float = 0.25
     ent_coef: float = 0.01  # c2 of PPO eq. 9, weight of the entropy bonus
-    max_grad_norm: float = 0.5  # largest norm of the gradient; inf = off
-    hidden_size: int = 512  # units of the layer after the convolutions
-    orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, value output 1; else PyTorch's own
+    max_grad_norm: float = 0.5  # largest norm of the gradient. inf: no clipping
+    # hidden layers, for images those after the convolutions. None: 512 for images, 64 64 for
+    # vectors
+    hidden_sizes: tuple[int, ...] | None = None
+    # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
+    orthogonal_init: bool = True
+
+
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the last base to the first
+    """All flags of the three groups above."""
 
     @property
     def batch_size(self) -> int:
@@ -120,821 +170,1701 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)
 
     @property
-    def ale(self) -> dict[str, int | float | bool]:
-        """Arguments of ALE's vector environment, all but life_loss_info of which holds for full games too."""
-        return {
-            "frameskip": self.frame_skip,
-            "stack_num": self.frame_stack,
-            "noop_max": self.noop_max,
-            "use_fire_reset": self.fire_on_reset,
-            "repeat_action_probability": self.repeat_action_probability,
-            "max_num_frames_per_episode": self.max_episode_frames,
-        }
+    def planned_steps(self) -> int:
+        """total_timesteps, rounded down to whole iterations."""
+        return self.num_iterations * self.batch_size
+
+    @property
+    def torch_device(self) -> torch.device:
+        auto = "cuda" if self.images and torch.cuda.is_available() else "cpu"
+        return torch.device(auto if self.device == "auto" else self.device)
+
+    @property
+    def torch_threads(self) -> int:
+        return THREADS if self.images else 1  # more do not help small networks
 
 
-# ---- Equations -------------------------------------------------------------------------------------------------------
-# T steps per rollout · N environments · B = T·N samples · M minibatch · A actions · (C, H, W) image
+DEFAULTS = {  # of fields that are None: for images, for vectors
+    "total_timesteps": (10_000_000, 500_000),
+    "update_epochs": (4, 10),
+    "learning_rate": (2.5e-4, 1e-3),
+    "clip_coef": (0.1, 0.2),
+    "hidden_sizes": ((512,), (64, 64)),
+}
+
+PAPER = {  # --paper: PPO section 6.4 and Table 5
+    "life_loss_terminal": False,  # the paper does not mention it
+    "norm_obs": False,  # pixels are divided by 255
+    "update_epochs": 3,  # 4 in OpenAI baselines
+    "norm_adv": False,  # the paper does not mention it
+    "anneal_clip": True,
+    "vf_coef": 1.0,
+    "max_grad_norm": math.inf,  # the paper does not mention clipping
+    "orthogonal_init": False,  # the paper names no initialization
+}
+
+THREADS = torch.get_num_threads()  # of PyTorch, for images
+NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
+PIXEL_LIMIT = 5.0  # normalized pixels are clipped to ± this
+HUGE = 1e10  # larger observations need norm_obs
+ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
+FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
+FRAME_SKIP = 4  # ALE: frames that an action is repeated for (DQN Methods)
+MAX_FRAMES = 108_000  # ALE: a game is truncated after 30 minutes
 
 
-def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + d_t y_{t+1} with y_T = 0, the recursive form of GAE eq. 16. All (T, N).
-
-    Round k merges sums of 2^k terms in pairs, y_t ← y_t + d_t⋯d_{t+2^k-1} y_{t+2^k}: log₂ T operations instead of T.
-    """
-    assert x.shape == decay.shape
-    y, reach = x, 1
-    while reach < len(x):
-        y = torch.cat([y[:-reach] + decay[:-reach] * y[reach:], y[-reach:]])
-        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
-        reach *= 2
-    return y
+class InputError(ValueError):
+    """Bad input. The message is one line that says what to change."""
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout (PPO eqs. 11-12). All (T, N).
-
-        δ_t = r_t + γ V(s_{t+1}) - V(s_t)
-        Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1} = δ_t + γλ Â_{t+1}
-
-    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action t led to: at an
-    episode end, of the final observation. A termination removes that V, a truncation keeps it (Pardo eq. 6); both
-    (`done`) end the sum.
-    """
-    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
-    delta = rewards + gamma * next_values * ~terminated - values  # (T, N)
-    return linear_recursion(delta, gamma * lam * (~done).to(delta.dtype))
+class NonFiniteError(FloatingPointError):
+    """NaN, infinity or a number too large to train on. The message says where it appeared."""
 
 
-def clipped_surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, eps_clip: float) -> Tensor:
-    """PPO eq. 7, L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized. (B,) each -> scalar."""
-    assert logp.shape == logp_old.shape == adv.shape
-    ratio = (logp - logp_old).exp()  # (B,)
-    return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
+def fill_defaults(args: Args, images: bool) -> Args:
+    """Return a copy in which no field of DEFAULTS is None. `images` is the kind of observation."""
+    norm_reward = args.norm_reward and not images
+    clip_rewards = args.clip_rewards and images
+    args = replace(args, images=images, norm_reward=norm_reward, clip_rewards=clip_rewards)
+    for name, (for_images, for_vectors) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_images if images else for_vectors)
+    return args
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """PPO eq. 9, L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each -> scalar."""
-    assert values.shape == returns.shape
-    return (values - returns).square().mean()
-
-
-def clipped_value_loss(values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float) -> Tensor:
-    """Engstrom section 3, item 1, not in the PPO paper. (B,) each -> scalar.
-
-    L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old-ε, V_old+ε) - V^targ)²)]
-    """
-    assert values.shape == values_old.shape == returns.shape
-    clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)  # (B,)
-    return torch.max((values - returns).square(), (clipped - returns).square()).mean()
+# ---- Equations -----------------------------------------------------------------------------------
+# T steps, N environments, B = T N transitions, M transitions of a minibatch, K epochs,
+# O observation dims or (C, H, W) of an image, A actions, P weights
 
 
 def categorical_logp(logits: Tensor, actions: Tensor) -> Tensor:
-    """TRPO appendix D: log π(a|s) = z_a - log Σ_b exp z_b, z the logits. (…, A), (…,) -> (…,)."""
+    """TRPO appendix D: log π(a|s) = z_a - log Σ_b exp z_b.
+
+    z are the logits (…, A). actions and the result are (…,).
+    """
     assert logits.shape[:-1] == actions.shape
     return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
 
 
 def categorical_entropy(logits: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 for discrete actions, in nats: -Σ_a π(a|s) log π(a|s). (…, A) -> (…,)."""
+    """S[π] of PPO eq. 9 in nats: -Σ_a π(a|s) log π(a|s). logits (…, A), returns (…,)."""
     logp = logits.log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def categorical_kl(logits_old: Tensor, logits: Tensor) -> Tensor:
-    """KL(π_old ‖ π) of TRPO eq. 12 for discrete actions, in nats: Σ_a π_old log(π_old / π). (…, A) each -> (…,)."""
+    """KL(π_old ‖ π) of TRPO eq. 12 in nats: Σ_a π_old log(π_old / π). (…, A) each, returns (…,)."""
     assert logits_old.shape == logits.shape
     logp_old = logits_old.log_softmax(-1)
     return (logp_old.exp() * (logp_old - logits.log_softmax(-1))).sum(-1)
 
 
-def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂) for g, all the tensors as one flat vector; and ‖g‖₂."""
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """PPO eq. 9: L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each, returns a scalar."""
+    assert values.shape == returns.shape
+    return (values - returns).square().mean()
+
+
+def clipped_value_loss(
+    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float
+) -> Tensor:
+    """Engstrom section 3, item 1. Not in the PPO paper.
+
+    L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
+
+    The paper prints min. Its authors' code takes max. (B,) each, returns a scalar.
+    """
+    assert values.shape == values_old.shape == returns.shape
+    clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
+    return torch.max((values - returns).square(), (clipped - returns).square()).mean()
+
+
+def clipped_surrogate(ratio: Tensor, adv: Tensor, eps_clip: Tensor | float) -> Tensor:
+    """PPO eq. 7: L^CLIP(θ) = Ê[min(r_t Â_t, clip(r_t, 1-ε, 1+ε) Â_t)], to be maximized.
+
+    (B,) each, returns a scalar.
+    """
+    assert ratio.shape == adv.shape
+    return torch.min(ratio * adv, ratio.clamp(1 - eps_clip, 1 + eps_clip) * adv).mean()
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequential:
+    """Fully connected tanh network with a linear output (Engstrom section 3, items 3 and 8)."""
+    linears = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = []
+    for linear in linears:
+        if orthogonal:
+            gain = last_gain if linear is linears[-1] else math.sqrt(2)
+            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def nature_cnn(
+    obs_shape: tuple[int, ...], hidden_sizes: tuple[int, ...], orthogonal: bool
+) -> nn.Sequential:
+    """Network of DQN (Methods) without its output layer. Takes (B, C, H, W)."""
+    channels, height, width = obs_shape
+    layers = []
+    for filters, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layers += [nn.Conv2d(channels, filters, kernel, stride), nn.ReLU()]
+        channels = filters
+        height = (height - kernel) // stride + 1
+        width = (width - kernel) // stride + 1
+    layers.append(nn.Flatten())
+    size = channels * height * width
+    for hidden_size in hidden_sizes:
+        layers += [nn.Linear(size, hidden_size), nn.ReLU()]
+        size = hidden_size
+    for layer in layers:
+        if orthogonal and isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on CPU and GPU
+
+
+class ActorCritic(nn.Module):
+    """π_θ(a|s) = softmax z_θ(s) and V_θ(s) of raw observations: one network with two heads.
+
+    V is in units of scaled reward.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
+        super().__init__()
+        self.norm_obs = args.norm_obs
+        self.bf16 = args.bf16
+        self.images = len(obs_shape) == 3
+        self.obs_stats = RunningMeanStd(*obs_shape)
+        self.reward_stats = RunningMeanStd()
+        hidden_sizes = args.hidden_sizes
+        orthogonal = args.orthogonal_init
+        if self.images:
+            self.trunk = nature_cnn(obs_shape, hidden_sizes, orthogonal)
+            self.register_buffer("pixel_mean", torch.zeros(obs_shape))
+            self.register_buffer("pixel_std", torch.full(obs_shape, 255.0))
+        else:
+            sizes = (*obs_shape, *hidden_sizes)
+            self.trunk = nn.Sequential(mlp(sizes, math.sqrt(2), orthogonal), nn.Tanh())
+        self.policy_head = mlp((hidden_sizes[-1], num_actions), 0.01, orthogonal)
+        self.value_head = mlp((hidden_sizes[-1], 1), 1.0, orthogonal)
+
+    def update_stats(self, obs: Tensor) -> None:
+        """Merge raw observations (B, …) into the statistics that `norm_obs` uses.
+
+        The std of a pixel is at least one gray level.
+        """
+        if not self.norm_obs:
+            return
+        self.obs_stats.update(obs)
+        if self.images:
+            self.pixel_mean.copy_(self.obs_stats.mean)
+            self.pixel_std.copy_(self.obs_stats.std.clamp(min=1))
+
+    def normalize(self, obs: Tensor | np.ndarray) -> Tensor:
+        """Normalize raw observations (…, O) (Engstrom section 3, items 6 and 7).
+
+        Takes a tensor or an array. Computes in float64 on the CPU. Returns the dtype and device of
+        the network. Images (…, C, H, W) stay uint8: `logits_and_values` normalizes them.
+        """
+        if not isinstance(obs, Tensor):
+            obs = torch.from_numpy(np.array(obs))
+        shape = self.obs_stats.mean.shape
+        assert obs.shape[-len(shape) :] == shape
+        if self.images:
+            return obs.to(self.pixel_mean.device)
+        obs = obs.to("cpu", torch.float64)
+        if self.norm_obs:
+            obs = (obs - self.obs_stats.mean) / self.obs_stats.std
+            obs = obs.clamp(-NORM_LIMIT, NORM_LIMIT)
+        return obs.to(self.value_head[0].weight)
+
+    def logits_and_values(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits z (…, A) and V (…,) for the results of `normalize` (…, O)."""
+        x = inputs
+        if self.images:
+            x = inputs.reshape(-1, *self.pixel_mean.shape).to(self.pixel_mean)  # (B, C, H, W)
+            x = ((x - self.pixel_mean) / self.pixel_std).clamp(-PIXEL_LIMIT, PIXEL_LIMIT)
+            x = x.to(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.trunk(x)
+        leading = inputs.shape[: inputs.dim() - self.obs_stats.mean.dim()]
+        x = x.float().reshape(*leading, x.shape[-1])
+        return self.policy_head(x), self.value_head(x).squeeze(-1)
+
+    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the logits z (…, A) and V (…,) for raw observations (…, O)."""
+        return self.logits_and_values(self.normalize(obs))
+
+    @torch.no_grad()
+    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
+        logits, _ = self(obs)
+        probs = logits.softmax(-1).cpu()
+        return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
+
+    def to_env(self, samples: Tensor) -> np.ndarray:
+        """Turn actions (…,) into actions of the environment (…,)."""
+        return samples.cpu().numpy()
+
+    @torch.no_grad()
+    def act(
+        self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
+    ) -> np.ndarray:
+        """Return the most probable action or a sample for raw observations, one or a batch."""
+        if not deterministic:
+            return self.to_env(self.sample(obs, rng))
+        logits, _ = self(obs)
+        return self.to_env(logits.argmax(-1))
+
+
+# ---- Loss and update -----------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B transitions of a rollout or M of a minibatch. "old" means: under π_old and V_old."""
+
+    inputs: Tensor  # (B, O)  normalized observations, or images
+    actions: Tensor  # (B,)
+    logits_old: Tensor  # (B, A)
+    logp_old: Tensor  # (B,)
+    values_old: Tensor  # (B,)
+    adv: Tensor  # (B,)
+    returns: Tensor  # (B,)
+
+
+def ppo_loss(
+    policy: ActorCritic, batch: Batch, eps_clip: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, and metrics."""
+    logits, values = policy.logits_and_values(batch.inputs)  # (M, A), (M,)
+    logp = categorical_logp(logits, batch.actions)
+    ratio = (logp - batch.logp_old).exp()  # r_t(θ), (M,)
+    kl = categorical_kl(batch.logits_old, logits)  # (M,)
+    surrogate = clipped_surrogate(ratio, batch.adv, eps_clip)
+
+    if args.clip_vloss:
+        vf_loss = clipped_value_loss(values, batch.values_old, batch.returns, eps_clip)
+    else:
+        vf_loss = value_loss(values, batch.returns)
+    entropy = categorical_entropy(logits).mean()
+
+    metrics = {
+        "policy_loss": -surrogate,
+        "value_loss": vf_loss,
+        "entropy": entropy,
+        "approx_kl": kl.mean(),  # exact, before the step of this minibatch
+        "clipfrac": ((ratio - 1).abs() > eps_clip).float().mean(),
+    }
+    return -(surrogate - args.vf_coef * vf_loss + args.ent_coef * entropy), metrics
+
+
+def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
+
+    g is the gradient of one network as one vector. Returns the clipped g (P,) and the norm before
+    clipping.
+    """
     flat = torch.cat([g.flatten() for g in grads])
     norm = flat.norm()
     return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
-
-
-class PixelStats(nn.Module):
-    """Mean and std of each pixel (1, C, H, W) over all images so far, merged batch by batch (Chan et al. 1979).
-
-    A std below one gray level counts as one; the first changes of such a pixel still reach the clip of `normalize`.
-    Before the first update, mean and std are 0 and 255.
-    """
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1, *shape))
-        self.register_buffer("var", torch.ones(1, *shape))
-        self.register_buffer("inverse_std", torch.full((1, *shape), 1 / 255))
-        self.register_buffer("count", torch.tensor(0))
-
-    def update(self, images: Tensor) -> None:  # (B, C, H, W)
-        images = images.float()
-        mean = images.mean(0, keepdim=True)
-        var = (images - mean).square().mean(0, keepdim=True)  # torch.var_mean is slower
-        self.count += len(images)
-        share, delta = len(images) / self.count, mean - self.mean
-        self.mean += share * delta
-        self.var += share * (var - self.var + (1 - share) * delta.square())
-        self.inverse_std.copy_(self.var.clamp(min=1).rsqrt())
-
-
-class Policy(nn.Module):
-    """π_θ(a|s) = softmax z_θ(s) and V_θ(s) of raw images: the network of DQN (Methods) with two heads."""
-
-    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Discrete, args: Args):
-        super().__init__()
-        self.bf16, self.norm_obs, self.clip_obs, (channels, *size) = args.bf16, args.norm_obs, args.clip_obs, obs_shape
-        self.obs_stats = PixelStats(*obs_shape)
-        convolutions = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # filters, kernel, stride
-        self.convs = nn.ModuleList()
-        for filters, kernel, stride in convolutions:
-            self.convs.append(nn.Conv2d(channels, filters, kernel, stride))
-            channels, size = filters, [(x - kernel) // stride + 1 for x in size]
-        self.hidden = nn.Conv2d(channels, args.hidden_size, size)  # fully connected, to 7 x 7 of 84 x 84 pixels
-        self.policy_head = nn.Linear(args.hidden_size, int(action_space.n))
-        self.value_head = nn.Linear(args.hidden_size, 1)
-        gains = {self.policy_head: 0.01, self.value_head: 1.0}
-        for layer in (*self.convs, self.hidden, *gains) if args.orthogonal_init else ():
-            nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
-            nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
-
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Raw images (B, C, H, W) in 0-255 -> what the network sees (Engstrom section 3, items 6 and 7)."""
-        obs = obs.to(torch.float32, memory_format=torch.channels_last)
-        if not self.norm_obs:
-            return obs / 255
-        return ((obs - self.obs_stats.mean) * self.obs_stats.inverse_std).clamp(-self.clip_obs, self.clip_obs)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw images (…, C, H, W) in 0-255 -> logits z (…, A) and V (…,)."""
-        x = self.normalize(obs.flatten(0, -4))
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            for conv in (*self.convs, self.hidden):
-                x = torch.relu(conv(x))
-        x = x.float().view(*obs.shape[:-3], -1)
-        return self.policy_head(x), self.value_head(x).squeeze(-1)
-
-    @torch.inference_mode()
-    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw images (N, C, H, W), standard Gumbel noise (N, A) -> samples argmax z + noise (N,), z (N, A), V (N,)."""
-        logits, values = self(obs)
-        return (logits + noise).argmax(-1), logits, values
-
-
 class Adam(nn.Module):
-    """Kingma Algorithm 1 for P weights in all, its state in buffers.
+    """Kingma Algorithm 1 for P weights.
 
-    It takes the steps of torch.optim.Adam, which can't be compiled into one graph with the gradient.
+    Takes the steps of torch.optim.Adam, whose class can't be compiled into one graph with the loss.
     """
 
-    def __init__(self, num_weights: int, lr: float, eps: float):
+    def __init__(self, num_weights: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.register_buffer("lr", torch.tensor(lr))  # α
+        self.register_buffer("lr", torch.tensor(0.0))  # α
         self.register_buffer("t", torch.tensor(0.0))
         self.register_buffer("m", torch.zeros(num_weights))
         self.register_buffer("v", torch.zeros(num_weights))
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grad: Tensor) -> None:
-        """m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  θ ← θ - α m̂ / (√v̂ + ε). `grad` (P,) is that of all `params`."""
-        beta1, beta2 = 0.9, 0.999
+        """Take one step against `grad` (P,), the gradient of a loss. `params` hold P weights.
+
+        m ← β₁ m + (1 - β₁) g
+        v ← β₂ v + (1 - β₂) g²
+        θ ← θ - α m̂ / (√v̂ + ε)  with  m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ)
+        """
+        beta1 = 0.9
+        beta2 = 0.999
         self.t += 1
         self.m.lerp_(grad, 1 - beta1)
         self.v.lerp_(grad.square(), 1 - beta2)
-        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))  # m / (1 - β₁ᵗ)
+        # -expm1(t log β) is 1 - βᵗ without the rounding error of the difference
+        m_hat = self.m / -torch.expm1(self.t * math.log(beta1))
         v_hat = self.v / -torch.expm1(self.t * math.log(beta2))
         change = self.lr * m_hat / (v_hat.sqrt() + self.eps)
-        for param, part in zip(params, change.split([param.numel() for param in params]), strict=True):
+        sizes = [param.numel() for param in params]
+        for param, part in zip(params, change.split(sizes), strict=True):
             param -= part.view_as(param)
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
+def minibatch_step(
+    policy: ActorCritic, adam: Adam, batch: Batch, eps_clip: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """Take one step of Adam on the loss of one minibatch, and return metrics."""
+    loss, metrics = ppo_loss(policy, batch, eps_clip, args)
+    params = list(policy.parameters())
+    grads = torch.autograd.grad(loss, params)
+    grad, grad_norm = clip_global_norm(grads, args.max_grad_norm)
+    adam.step(params, grad)
+    metrics["grad_norm"] = grad_norm
+    return {name: value.detach() for name, value in metrics.items()}
 
 
-class Envs:
-    """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalized advantage estimation, GAE eq. 16, cut at the end of the rollout.
 
-    `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
-    random state before the reset that began its current episode: resuming from it replays that reset.
+    δ_t = r_t + γ (1 - terminated_t) V(s_{t+1}) - V(s_t)     PPO eq. 12
+    Â_t = δ_t + γλ δ_{t+1} + … + (γλ)^{T-1-t} δ_{T-1}        PPO eq. 11
+        = δ_t + γλ (1 - done_t) Â_{t+1}
+
+    PPO eq. 11 misprints the last exponent as T-t+1. `next_values[t]` is V of the state that action
+    t led to. At the end of an episode this is its final observation. A termination removes this V.
+    A time limit keeps it (Pardo eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
     """
-
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
-        self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
-        for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
-            env.reset(seed=env_seed)
-        self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
-        for env, state in zip(envs, self.rng_states, strict=True):
-            env.np_random.bit_generator.state = state
-        self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), rewards, terminated, truncated (N,), obs (N, O).
-
-        `next_obs` are the true successors, final observations included; `obs` is what to act on next.
-        """
-        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs))
-        terminated, truncated = np.empty((2, len(self.envs)), bool)
-        for i, env in enumerate(self.envs):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
-        self.obs = next_obs.copy()
-        self.sums[0] += rewards
-        self.sums[1] += 1
-        for i in np.flatnonzero(terminated | truncated):
-            self.ended.append(tuple(self.sums[:, i].tolist()))
-            self.sums[:, i] = 0
-            self.rng_states[i] = self.envs[i].np_random.bit_generator.state
-            self.obs[i], _ = self.envs[i].reset()
-        return next_obs, rewards, terminated, truncated, self.obs
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape
+    delta = (rewards + gamma * next_values * ~terminated - values).cpu().numpy()
+    decay = gamma * lam * ~done.cpu().numpy()
+    adv = np.zeros_like(delta)
+    adv[-1] = delta[-1]
+    for t in reversed(range(len(delta) - 1)):
+        adv[t] = delta[t] + decay[t] * adv[t + 1]
+    return torch.from_numpy(adv).to(rewards.device)
 
 
-class AtariEnvs:
-    """N games in ALE's own vector environment, with `step` and `ended` of Envs.
-
-    `terminated` may be a lost life (life_loss_info), after which the game goes on; `ended` counts whole games.
-    """
-
-    def __init__(self, game: str, num_envs: int, seed: int | tuple[int, ...], color: bool, **kwargs):
-        import ale_py
-
-        make = partial(
-            ale_py.AtariVectorEnv, game, autoreset_mode="SameStep", maxpool=True, reward_clipping=False,
-            episodic_life=False, **kwargs,
-        )  # fmt: skip  # episodic_life would start a new game after each lost life
-        self.ale = make(num_envs=num_envs, img_height=84, img_width=84, grayscale=True)
-        self.twin = make(num_envs=1, stack_num=1, img_height=210, img_width=160, grayscale=False) if color else None
-        self.action_space, self.metadata = self.ale.single_action_space, {"render_fps": 60 / kwargs.get("frameskip", 4)}
-        self.observation_space, self.rng_states = self.ale.single_observation_space, None
-        self.envs, self.ended, self.sums = [self] * num_envs, [], np.zeros((2, num_envs))  # return and length so far
-        seeds = (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int32)
-        self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
-        self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
-        self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
-        self.fire = kwargs.get("use_fire_reset", True) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""
-        actions = np.where(self.fire & self.lost, 1, actions)  # a life begins with fire, whatever the policy chose
-        self.obs, rewards, terminated, truncated, info = self.ale.step(actions)
-        self.picture = self.twin and self.twin.step(actions[:1])[0]  # same seed, same actions: the same game
-        over = truncated | (info["episode_frame_number"] < self.frames)  # frame numbers fall where a game starts anew
-        self.frames, self.lives, self.lost = info["episode_frame_number"], info["lives"], info["lives"] < self.lives
-        self.sums += rewards, np.ones_like(rewards)
-        self.ended.extend(map(tuple, self.sums[:, over].T.tolist()))
-        self.sums[:, over] = 0
-        next_obs = np.where(over[:, None, None, None], info["final_obs"], self.obs) if over.any() else self.obs
-        return next_obs, rewards, terminated, truncated, self.obs
-
-    def render(self) -> np.ndarray:
-        """Color picture (210, 160, 3) of the first game."""
-        return self.picture[0, -1]
-
-
-def make_envs(
-    env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, ale: dict | None = None, **kwargs
-) -> Envs | AtariEnvs:
-    """`num_envs` ALE games, with the arguments `ale`, or environments of uint8 images (C, H, W) and discrete actions.
-
-    Raises InputError for any other.
-    """
-    with suppress(ImportError):
-        import ale_py  # noqa: F401  its games register themselves
-    spec = gym.registry.get(env_id)
-    if spec and "game" in spec.kwargs:
-        return AtariEnvs(spec.kwargs["game"], num_envs, seed, "render_mode" in kwargs, **(ale or {}))
-    try:
-        envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    check_spaces(envs[0], env_id)
-    envs = Envs(envs, seed, rng_states)
-    envs.obs = envs.obs.astype(np.uint8)  # and so all that `step` returns
-    return envs
-
-
-# ---- Rollout ---------------------------------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """T x N transitions under π_old; done = terminated | truncated."""
-
-    obs: Tensor  # (T, N, C, H, W)  uint8
-    actions: Tensor  # (T, N)
-    logits: Tensor  # (T, N, A)  z of π_old
-    values: Tensor  # (T, N)  V of obs
-    next_values: Tensor  # (T, N)  V of the true successors, but for terminations, which have none
-    rewards: Tensor  # (T, N)
-    terminated: Tensor  # (T, N)
-    done: Tensor  # (T, N)
-
-
-def gumbel_noise(rng: torch.Generator, *shape: int) -> Tensor:
-    """-log E, E ~ Exp(1): argmax z + noise is a sample of softmax z, from random numbers drawn ahead and on the CPU."""
-    return -torch.empty(shape).exponential_(generator=rng).log()
-
-
-def collect(envs: Envs | AtariEnvs, policy: Policy, rng: torch.Generator, frames: Tensor) -> Rollout:
-    """Run π_old for T steps in each of N environments (PPO Algorithm 1), into `frames` (T, N, C, H, W)."""
-    device, num_actions = frames.device, policy.policy_head.out_features
-    noise = gumbel_noise(rng, *frames.shape[:2], num_actions).to(device)  # (T, N, A)
-
-    def to_device(obs: np.ndarray) -> Tensor:
-        return torch.from_numpy(obs).pin_memory() if device.type == "cuda" else torch.from_numpy(obs)
-
-    samples, steps, cut = [], [], []
-    for t, noise_t in enumerate(noise):
-        obs = frames[t].copy_(to_device(envs.obs), non_blocking=True)
-        samples.append(policy.act(obs, noise_t))
-        next_obs, rewards, terminated, truncated, _ = envs.step(samples[-1][0].cpu().numpy())
-        steps.append((rewards.astype(np.float32), terminated, terminated | truncated))
-        cut += [(t, n, next_obs[n]) for n in np.flatnonzero(truncated & ~terminated)]
-    actions, logits, values = (torch.stack(x) for x in zip(*samples, strict=True))
-    rewards, terminated, done = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*steps, strict=True))
-    next_values = torch.cat([values[1:], policy.act(torch.from_numpy(envs.obs).to(device))[2][None]])
-    for t, n, final_obs in cut:
-        next_values[t, n] = policy.act(torch.from_numpy(final_obs[None]).to(device))[2]
-    return Rollout(frames, actions, logits, values, next_values, rewards, terminated, done)
-
-
-# ---- Update ----------------------------------------------------------------------------------------------------------
-
-
-class Minibatch(NamedTuple):
-    """M samples of the batch; "old" is under π_old and V_old, those of the rollout."""
-
-    obs: Tensor  # (M, C, H, W)
-    actions: Tensor  # (M,)
-    logits_old: Tensor  # (M, A)
-    logp_old: Tensor  # (M,)
-    values_old: Tensor  # (M,)
-    adv: Tensor  # (M,)
-    returns: Tensor  # (M,)
-
-
-LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
-
-
-def minibatch_gradient(policy: Policy, mb: Minibatch, eps_clip: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Clipped gradient of -(L^CLIP - c1 L^VF + c2 S), PPO eq. 9, as one vector; the figures of LOSSES."""
-    logits, values = policy(mb.obs)  # (M, A), (M,)
-    logp = categorical_logp(logits, mb.actions)  # (M,)
-    adv = (mb.adv - mb.adv.mean()) / (mb.adv.std() + 1e-8) if args.norm_adv else mb.adv
-    objective = clipped_surrogate(logp, mb.logp_old, adv, eps_clip)
-    if args.clip_vloss:
-        value_error = clipped_value_loss(values, mb.values_old, mb.returns, eps_clip)
-    else:
-        value_error = value_loss(values, mb.returns)
-    entropy = categorical_entropy(logits).mean()
-    loss = -(objective - args.vf_coef * value_error + args.ent_coef * entropy)
-    grad, norm = clip_global_norm(torch.autograd.grad(loss, list(policy.parameters())), args.max_grad_norm)
-    kl = categorical_kl(mb.logits_old, logits).mean()
-    clipfrac = ((logp - mb.logp_old).exp() - 1).abs().gt(eps_clip).float().mean()
-    return grad, torch.stack([-objective, value_error, entropy, kl, clipfrac, norm]).detach()
-
-
-def minibatch_step(policy: Policy, adam: Adam, mb: Minibatch, eps_clip: Tensor, args: Args) -> Tensor:
-    """One step of Adam on the gradient of one minibatch; the figures of LOSSES."""
-    grad, figures = minibatch_gradient(policy, mb, eps_clip, args)
-    adam.step(list(policy.parameters()), grad)
-    return figures
+@torch.no_grad()
+def advantages(
+    policy: ActorCritic, rollout: "Rollout", gamma: float, args: Args
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Â, V^targ = Â + V (GAE footnote 2), V and the logits of π_old, each (T, N, …)."""
+    logits, values = policy.logits_and_values(rollout.obs)
+    # s_{t+1} is the next row, except at the end of the rollout and of an episode
+    _, last_values = policy.logits_and_values(rollout.next_obs[-1:])
+    next_values = torch.cat([values[1:], last_values])
+    _, next_values[rollout.done] = policy.logits_and_values(rollout.next_obs[rollout.done])
+    lam = args.gae_lambda
+    adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
+    returns = adv + values
+    if args.norm_adv:
+        adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+    return adv, returns, values, logits
 
 
 def update(
-    policy: Policy, adam: Adam, step: Callable, rollout: Rollout, eps_clip: float, rng: torch.Generator, args: Args
+    policy: ActorCritic,
+    adam: Adam,
+    train_step: Callable,
+    rollout: "Rollout",
+    gamma: float,
+    eps_clip: float,
+    rng: torch.Generator,
+    args: Args,
 ) -> dict[str, float]:
-    """K epochs of minibatches over one batch (PPO Algorithm 1); `step` is minibatch_step, compiled or not.
+    """K epochs of minibatches over one prepared rollout (PPO Algorithm 1). Returns metrics.
 
-    -> means over all minibatches.
+    `train_step` is minibatch_step, compiled or not. explained_variance is that before the update.
+    The others are means over minibatches.
     """
-    _, _, _, values, next_values, rewards, terminated, done = rollout
-    adv = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)  # (T, N)
-    returns, logp_old = adv + values, categorical_logp(rollout.logits, rollout.actions)  # (T, N)
-    explained_variance = 1 - (returns - values).var() / returns.var()
-    batch = Minibatch(rollout.obs, rollout.actions, rollout.logits, logp_old, values, adv, returns)
-    batch, eps = [x.flatten(0, 1) for x in batch], torch.tensor(eps_clip, device=adv.device)
-    total = torch.zeros(len(LOSSES), device=adv.device)
+    adv, returns, values_old, logits_old = advantages(policy, rollout, gamma, args)
+    logp_old = categorical_logp(logits_old, rollout.actions)
+    explained_variance = 1 - (returns - values_old).var() / returns.var()
+
+    history = []
+    # a float would compile a graph for each value
+    eps_tensor = torch.tensor(eps_clip, device=adv.device)
     for _ in range(args.update_epochs):
+        batch = Batch(  # (T, N, …), flattened below
+            inputs=rollout.obs,
+            actions=rollout.actions,
+            logits_old=logits_old,
+            logp_old=logp_old,
+            values_old=values_old,
+            adv=adv,
+            returns=returns,
+        )
         order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
-        for index in order.chunk(args.num_minibatches):
-            total += step(policy, adam, Minibatch(*(x.index_select(0, index) for x in batch)), eps, args)
-    stats = dict(zip(LOSSES, (total / args.update_epochs / args.num_minibatches).tolist(), strict=True))
-    return stats | {"explained_variance": explained_variance.item()}
+        shuffled = [x.flatten(0, 1).index_select(0, order) for x in batch]  # (B, …)
+        chunks = [x.chunk(args.num_minibatches) for x in shuffled]
+        for minibatch in zip(*chunks, strict=True):
+            metrics = train_step(policy, adam, Batch(*minibatch), eps_tensor, args)
+            history.append(metrics)
+
+    means = {}
+    for name in history[0]:
+        means[name] = torch.stack([metrics[name] for metrics in history]).mean().item()
+    means["explained_variance"] = explained_variance.item()
+    means["learning_rate"] = adam.lr.item()
+    return means
 
 
-# ---- Train -----------------------------------------------------------------------------------------------------------
+# ---- Environments and rollout --------------------------------------------------------------------
 
 
-def train(args: Args) -> dict:
-    """PPO Algorithm 1 from the first iteration, or a checkpoint's, to the last, then evaluation.
+class Envs:
+    """N Gymnasium environments, stepped one after another.
 
-    Returns steps, episodic_return (mean raw score of the last 100 training games), eval_return (mean of the
-    deterministic evaluation), checkpoint, run_dir, and signal (that ended it early). Sets PyTorch's seed, and what
-    glibc does with freed memory, for the process. Raises InputError for bad input, FloatingPointError for NaN or
-    infinity. With `args.resume`, weights and progress come from the checkpoint, all else from `args`: start from
-    `Args(**load_checkpoint(path)["args"])`.
+    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
+    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
+    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    raise InputError if an environment returns something else than Gymnasium asks for.
     """
-    check_args(args)
-    if args.norm_adv and args.num_minibatches == args.batch_size:
-        raise InputError("--num-minibatches leaves one sample in each, which can't be standardized: --no-norm-adv")
-    device, saved = pick_device(args.device), load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
-    if device.type == "cpu":
-        keep_memory()
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
-    step, episodes = saved.get("step", 0), deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last
-    ale = {**args.ale, "life_loss_info": args.life_loss_terminal}
-    envs = make_envs(args.env_id, args.num_envs, (args.seed, step), saved.get("env_rng_states"), ale)
-    policy = Policy(envs.obs.shape[1:], envs.envs[0].action_space, args).to(device)
-    params = list(policy.parameters())
-    adam = Adam(sum(param.numel() for param in params), args.learning_rate, args.adam_eps).to(device)
-    modules = {"policy": policy, "adam": adam}
-    for name, module in modules.items() if saved else ():
-        module.load_state_dict(saved[name])
-    rng.set_state(saved.get("rng", rng.get_state()))
-    frames = torch.empty(args.num_steps, *envs.obs.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
-    total_steps = args.num_iterations * args.batch_size
-    with Log(args, device, step, len(adam.m)) as log:
 
-        def checkpoint() -> str:
-            state = {"step": step, "episodes": list(episodes), "env_rng_states": envs.rng_states}
-            state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
-            return save_checkpoint(log.run_dir, args, state)
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+        self.envs = envs
+        self.action_space = envs[0].action_space
+        space = envs[0].observation_space
+        self.obs = np.zeros((len(envs), *space.shape), space.dtype)
+        self.spaces = describe_spaces(space, self.action_space)
+        self.fps = envs[0].metadata.get("render_fps") or 30
+        self.episodes = deque(maxlen=100)
+        self.returns = np.zeros(len(envs))
+        self.lengths = np.zeros(len(envs), int)
+        self.rng_states = rng_states or [None] * len(envs)
+        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
+        for i, env in enumerate(envs):
+            env.reset(seed=int(seeds[i]))  # only to seed env.np_random
+            if self.rng_states[i] is not None:
+                env.np_random.bit_generator.state = self.rng_states[i]
+            self.reset(i)
 
-        compiled_step = compile_or_eager(minibatch_step, args, device)
-        with stop_signals() as signals:
-            while step + args.batch_size <= args.total_timesteps and not signals:
-                fraction = step / total_steps
-                adam.lr.fill_(args.learning_rate * (1 - fraction if args.anneal_lr else 1.0))
-                eps_clip = args.clip_coef * (1 - fraction if args.anneal_clip else 1.0)
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        env = self.envs[i]
+        if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
+            self.rng_states[i] = to_python(env.np_random.bit_generator.state)
+        self.returns[i] = 0
+        self.lengths[i] = 0
+        result = env.reset()
+        try:
+            obs, _ = result
+            self.obs[i] = self.checked(obs)
+        except (TypeError, ValueError) as error:
+            raise self.wrong_result(i, result) from error
 
-                rollout = collect(envs, policy, rng, frames)
-                check_finite(step, rewards=rollout.rewards)
-                episodes.extend(envs.ended)
-                envs.ended.clear()
-                if args.clip_rewards:
-                    rollout = rollout._replace(rewards=rollout.rewards.sign())
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N,), and start an episode where one ends.
 
-                stats = update(policy, adam, compiled_step, rollout, eps_clip, rng, args)
-                losses = torch.tensor([stats[name] for name in LOSSES])
-                weights = torch.cat([param.detach().flatten() for param in params])
-                check_finite(step, losses=losses, parameters=weights)
+        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). next_obs[i] is the
+        true successor. At the end of an episode it is the final observation.
+        """
+        next_obs = np.empty_like(self.obs)
+        rewards = np.empty(len(self.envs))
+        terminated = np.empty(len(self.envs), bool)
+        truncated = np.empty(len(self.envs), bool)
+        self.lengths += 1
+        for i, env in enumerate(self.envs):
+            result = env.step(actions[i])
+            try:
+                obs, reward, terminated[i], truncated[i], _ = result
+                rewards[i] = float(reward)
+                next_obs[i] = self.checked(obs)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise self.wrong_result(i, result) from error
+        self.obs = next_obs.copy()
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.reset(i)
+        return next_obs, rewards, terminated, truncated
 
-                if args.norm_obs:  # after the update: π_old is the policy that acted
-                    stride = args.frame_stack if isinstance(envs, AtariEnvs) else 1  # each frame is in one stack
-                    policy.obs_stats.update(rollout.obs[::stride].flatten(0, 1))
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """Return one observation. Raises ValueError if it would be broadcast or truncated."""
+        obs = np.asarray(obs)
+        truncates = obs.dtype.kind == "f" and self.obs.dtype.kind != "f"
+        if obs.shape != self.obs.shape[1:] or truncates:
+            raise ValueError
+        return obs
 
-                step += args.batch_size
-                log(step, adam.lr.item(), episodes, stats)
-                if step // args.batch_size % args.save_every == 0:
-                    checkpoint()
-            path = checkpoint()
-        log.bar.close()
-        evaluation = evaluate_policy(policy, args) if args.eval_episodes and not signals else {}
-        mean_return = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
-        log.finish(step, mean_return, len(episodes), evaluation, path)
-    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    result = {"steps": step, "episodic_return": mean_return, "eval_return": eval_return, "checkpoint": path}
-    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+    def wrong_result(self, i: int, result: object) -> InputError:
+        """Return the error for environment i, which returned `result`."""
+        parts = result if isinstance(result, tuple) else [result]
+        types = [f"{getattr(x, 'dtype', type(x).__name__)}{getattr(x, 'shape', '')}" for x in parts]
+        expected = f"an observation of type {self.obs.dtype} and shape {self.obs.shape[1:]}"
+        expected += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
+        place = f"environment {i}, step {self.lengths[i]} of its episode"
+        return InputError(f"{place}: it returned {', '.join(types)}, but must return {expected}")
+
+    def render(self) -> np.ndarray:
+        """Return a picture of the first environment (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        close_all(self.envs)
 
 
-# ======================================================================================================================
-# The algorithm ends here. Below: evaluation, checkpoints, logging, run folder, signals, input checks, main.
-# ======================================================================================================================
+def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Discrete) -> dict:
+    """Return what a checkpoint keeps of the spaces."""
+    return {"obs_shape": obs.shape, "num_actions": int(actions.n)}
 
-SCRIPT = "ppo_atari"
-CHECKS = (
+
+class AtariEnvs:
+    """N games in ALE's vector environment, with the attributes and methods of Envs.
+
+    An observation is the last four frames in gray, 84 x 84 pixels. An action is repeated for four
+    frames, and a pixel is the maximum over the last two (DQN Methods). A game begins with up to 30
+    no-ops. With `life_loss`, `terminated` is also True for a lost life, after which the game goes
+    on. `episodes` holds whole games.
+    """
+
+    def __init__(
+        self,
+        game: str,
+        num_envs: int,
+        seed: int,
+        rng_states: list | None,
+        life_loss: bool,
+        repeat_action_probability: float,
+        color: bool,
+    ):
+        import ale_py
+
+        make = partial(
+            ale_py.AtariVectorEnv,
+            game,
+            autoreset_mode="SameStep",
+            frameskip=FRAME_SKIP,
+            max_num_frames_per_episode=MAX_FRAMES,
+            reward_clipping=False,
+            life_loss_info=life_loss,
+            repeat_action_probability=repeat_action_probability,
+        )
+        self.ale = make(num_envs, stack_num=FRAME_STACK)
+        self.action_space = self.ale.single_action_space
+        self.spaces = describe_spaces(self.ale.single_observation_space, self.action_space)
+        self.fps = 60 / FRAME_SKIP
+        self.episodes = deque(maxlen=100)
+        self.returns = np.zeros(num_envs)
+        self.lengths = np.zeros(num_envs, int)
+        # ALE's random states can't be saved. The number of steps so far gives a resumed run others
+        self.rng_states = rng_states or [0]
+        seeds = np.random.SeedSequence((seed, *self.rng_states)).generate_state(num_envs)
+        seeds = (seeds >> 1).astype(np.int32)
+        self.obs, info = self.ale.reset(seed=seeds)
+        self.frames = info["episode_frame_number"]
+        self.lives = info["lives"]
+        self.lost_life = np.zeros(num_envs, bool)
+        self.has_fire = self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
+        self.twin = None  # the first game once more, in color: same seed, same actions
+        if color:
+            self.twin = make(1, stack_num=1, grayscale=False, img_height=210, img_width=160)
+            self.picture, _ = self.twin.reset(seed=seeds[:1])
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N,), and start a game where one ends. See Envs.step."""
+        actions = np.where(self.has_fire & self.lost_life, 1, actions)
+        obs, rewards, terminated, truncated, info = self.ale.step(actions)
+        if self.twin is not None:
+            self.picture, *_ = self.twin.step(actions[:1])
+        frames = info["episode_frame_number"]
+        # A new game counts its frames from 0, after at most 30 no-ops
+        over = truncated | (frames < self.frames)
+        self.frames = frames
+        self.lost_life = info["lives"] < self.lives
+        self.lives = info["lives"]
+        self.obs = obs
+        self.returns += rewards
+        self.lengths += 1
+        self.rng_states = [self.rng_states[0] + 1]
+        next_obs = obs
+        if over.any():
+            next_obs = np.where(over[:, None, None, None], info["final_obs"], obs)
+        for i in np.flatnonzero(over):
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = 0
+            self.lengths[i] = 0
+        return next_obs, rewards.astype(float), terminated, truncated
+
+    def render(self) -> np.ndarray:
+        """Return a color picture of the first game (210, 160, 3)."""
+        return self.picture[0, -1]
+
+    def close(self) -> None:
+        close_all([self.ale] if self.twin is None else [self.ale, self.twin])
+
+
+class Rollout(NamedTuple):
+    """T x N transitions: raw from collect, normalized and scaled from prepare."""
+
+    obs: Tensor  # (T, N, O)
+    next_obs: Tensor  # (T, N, O)  true successors, final observations included
+    actions: Tensor  # (T, N)
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N)  terminated | truncated
+
+
+def collect(envs: Envs, policy: nn.Module, rng: torch.Generator, num_steps: int) -> Rollout:
+    """Run the policy for T steps in each environment (PPO Algorithm 1). Returns raw values."""
+    steps = []
+    for _ in range(num_steps):
+        obs = envs.obs
+        actions = policy.sample(obs, rng)
+        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
+        done = terminated | truncated
+        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
+    columns = [np.stack(column) for column in zip(*steps, strict=True)]
+    return Rollout(*map(torch.from_numpy, columns))
+
+
+def rolling_discounted_sums(
+    rewards: Tensor, done: Tensor, running_sum: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
+
+    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    R (T, N) and the running sum of the next rollout.
+    """
+    rewards = rewards.numpy()
+    done = done.numpy()
+    total = running_sum.numpy()
+    sums = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        total = gamma * total + rewards[t]
+        sums[t] = total
+        total = total * ~done[t]
+    return torch.from_numpy(sums), torch.from_numpy(total)
+
+
+def prepare(
+    raw: Rollout, policy: ActorCritic, running_sum: Tensor, gamma: float, args: Args
+) -> tuple[Rollout, Tensor]:
+    """Update reward_stats, normalize observations, scale rewards, and move all to the device.
+
+    Rewards are divided by the std of their rolling discounted sum (Engstrom section 3, items 2
+    and 5). Returns the rollout and the running sum of the next one.
+    """
+    rewards = raw.rewards
+    if args.clip_rewards:
+        rewards = rewards.sign()
+    if args.norm_reward:
+        sums, running_sum = rolling_discounted_sums(rewards, raw.done, running_sum, gamma)
+        policy.reward_stats.update(sums.flatten())
+        rewards = (rewards / policy.reward_stats.std).clamp(-NORM_LIMIT, NORM_LIMIT)
+    obs = policy.normalize(raw.obs)
+    next_obs = policy.normalize(raw.next_obs)
+    rollout = raw._replace(obs=obs, next_obs=next_obs, rewards=rewards.float())
+    return Rollout(*(x.to(obs.device) for x in rollout)), running_sum
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and std of all rows seen so far (Chan et al. 1979). A constant component has std 1.
+
+    They are float64 and not buffers, so they stay on the CPU when the module moves to a device.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.count = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.var = torch.ones(shape, dtype=torch.float64)
+        self.std = torch.ones(shape, dtype=torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Merge rows (B, *shape)."""
+        rows = rows.to("cpu", torch.float64)
+        self.count += len(rows)
+        weight = len(rows) / self.count
+        mean = rows.mean(0)
+        var = rows.var(0, correction=0) + (1 - weight) * (mean - self.mean).square()
+        self.mean = (1 - weight) * self.mean + weight * mean
+        self.var = (1 - weight) * self.var + weight * var
+        constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
+        self.std = torch.where(constant, 1.0, self.var.sqrt())
+
+    def get_extra_state(self) -> dict:
+        names = ("count", "mean", "var", "std")
+        return {name: getattr(self, name) for name in names}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    rng_states: list | None = None,
+    life_loss: bool = False,
+    repeat_action_probability: float = 0.0,
+    **kwargs,
+) -> Envs | AtariEnvs:
+    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError.
+
+    `life_loss` and `repeat_action_probability` are for games of ALE only.
+    """
+    with suppress(ImportError):
+        import ale_py  # noqa: F401  registers its games
+    with suppress(Exception):
+        import mujoco
+
+        mujoco.set_mju_user_warning(mujoco_warning)
+    if env_id.count(":") > 1 or env_id.startswith(":"):
+        raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
+    envs = []
+    try:
+        spec = gym.registry.get(env_id.split(":")[-1])
+        if spec is not None and spec.entry_point == ALE:
+            return AtariEnvs(
+                spec.kwargs["game"],
+                num_envs,
+                seed,
+                rng_states,
+                life_loss,
+                repeat_action_probability,
+                color="render_mode" in kwargs,
+            )
+        for _ in range(num_envs):
+            envs.append(gym.make(env_id, **kwargs))
+            check_spaces(envs[-1], env_id)
+        return Envs(envs, seed, rng_states)
+    except BaseException as error:
+        close_all(envs)
+        if isinstance(error, gym.error.Error | ImportError):
+            raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
+        raise
+
+
+def observes_images(env_id: str) -> bool:
+    """Whether observations are images, not vectors. Makes one environment. Raises InputError."""
+    with closing(make_envs(env_id, 1, seed=0)) as envs:
+        return envs.obs.ndim == 4
+
+
+def mujoco_warning(text: str) -> None:
+    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    if "settotalmass" not in text:
+        print(text, file=sys.stderr)
+
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations are vectors or images and actions are discrete."""
+    obs = env.observation_space
+    actions = env.action_space
+    box = isinstance(obs, gym.spaces.Box)
+    vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8
+    large = images and min(obs.shape[1:]) >= 36  # for the convolutions
+    discrete = isinstance(actions, gym.spaces.Discrete)
+    if discrete and actions.start == 0 and (vectors or large):
+        return
+    space = obs if discrete and actions.start == 0 else actions
+    hint = "No script here takes it"
+    if discrete and actions.start != 0:
+        hint = "Shift the actions with the wrapper TransformAction"
+    elif discrete and env.spec is not None and env.spec.entry_point == ALE:
+        hint = f"Write the version: --env-id {env.spec.id}"
+    elif discrete and box and len(obs.shape) == 3:
+        hint = "Turn its images into such with the wrapper TransformObservation"
+    elif discrete:
+        hint = "Wrap it in FlattenObservation"
+    elif isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+        hint = "ppo_continuous.py takes continuous actions"
+    needs = "this script needs discrete actions from 0 and a flat Box of observations or uint8"
+    needs += " images (C, H, W) of 36 x 36 pixels or more"
+    raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
+
+
+def close_all(envs: list[gym.Env]) -> None:
+    """Close every environment. A failure is only a warning, so that nothing else is lost."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception as error:
+            warnings.warn(f"an environment failed to close: {error!r}", stacklevel=2)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def to_python(value: object) -> object:
+    """Convert NumPy and PyTorch values to Python's, and paths to strings, also in containers."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind in (bool, int, float, str):  # and their subclasses
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict):
+        return {key: to_python(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_python(x) for x in value)
+    return value
+
+
+def check_finite(iteration: int, **quantities: Tensor) -> None:
+    """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
+    for name, values in quantities.items():
+        if not values.isfinite().all():
+            raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
+
+
+def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
+    """Raise NonFiniteError for observations or rewards that can't be trained on."""
+    rewards = rollout.rewards.float()  # shows what is too large for float32
+    check_finite(iteration, rewards=rewards)
+    if rollout.obs.dtype == torch.uint8:
+        return
+    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+    check_finite(iteration, observations=obs)
+    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+    if obs.abs().max() > limit:
+        hint = "" if norm_obs else ": add --norm-obs"
+        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
+
+
+def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
+    """Raise NonFiniteError for losses or weights that training can't go on with."""
+    losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
+    weights = torch.cat([param.detach().flatten() for param in params])
+    check_finite(iteration, losses=losses, parameters=weights)
+
+
+# ---- Algorithm -----------------------------------------------------------------------------------
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """Return the mean, or NaN if there are no values."""
+    return float(np.mean(values)) if values else math.nan
+
+
+STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation")
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Return the seed of one of the random streams of a run. The streams differ."""
+    sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
+    return int(sequence.generate_state(1)[0])
+
+
+def line(first: float, last: float, fraction: float) -> float:
+    """Return the value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
+    return (1 - fraction) * first + fraction * last
+
+
+def ppo(
+    args: Args,
+    state: dict | None = None,
+    compile_step: Callable[[Callable], Callable] = lambda step: step,
+) -> Iterator[dict[str, float]]:
+    """PPO Algorithm 1, actor-critic style. Yields the metrics of each iteration.
+
+    If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
+    complete checkpoint with the keys policy, adam, exploration, minibatches, step, episodes,
+    env_rng_states and spaces. `compile_step` gets minibatch_step and returns what to use in its
+    place. Seeds PyTorch's global generator. Raises InputError for an environment that does not
+    fit, NonFiniteError for NaN or infinity.
+    """
+    args = fill_defaults(args, observes_images(args.env_id))
+    state = {} if state is None else state
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    rngs = {}
+    for name in ("exploration", "minibatches"):
+        rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
+    env_seed = stream_seed(args.seed, "environments")
+    ale = {
+        "life_loss": args.life_loss_terminal,
+        "repeat_action_probability": args.repeat_action_probability,
+    }
+    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"), **ale)
+    with closing(envs):
+        num_actions = int(envs.action_space.n)
+        policy = ActorCritic(envs.obs.shape[1:], num_actions, args).to(args.torch_device)
+        params = list(policy.parameters())
+        adam = Adam(sum(param.numel() for param in params)).to(args.torch_device)
+        modules = {"policy": policy, "adam": adam}
+        if state:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            for name, rng in rngs.items():
+                rng.set_state(state[name])
+        step = state.get("step", 0)
+        envs.episodes.extend(state.get("episodes", ()))
+        running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
+        train_step = compile_step(minibatch_step)
+        stride = FRAME_STACK if args.images else 1  # enough of ALE's stacks to see each frame
+
+        while step + args.batch_size <= args.total_timesteps:
+            iteration = step // args.batch_size + 1
+            fraction = step / args.planned_steps
+            final_lr = 0.0 if args.anneal_lr else args.learning_rate
+            adam.lr.fill_(line(args.learning_rate, final_lr, fraction))
+            final_gamma = args.gamma if args.gamma_final is None else args.gamma_final
+            gamma = line(args.gamma, final_gamma, fraction)
+            final_clip = 0.0 if args.anneal_clip else args.clip_coef
+            eps_clip = line(args.clip_coef, final_clip, fraction)
+
+            raw = collect(envs, policy, rngs["exploration"], args.num_steps)
+            check_rollout(raw, iteration, args.norm_obs)
+            first = policy.obs_stats.count == 0
+            # The first rollout is sampled without statistics. They are then computed from it, and
+            # π_old, V and the ratio use them.
+            if first:
+                policy.update_stats(raw.obs[::stride].flatten(0, 1))
+            rollout, running_sum = prepare(raw, policy, running_sum, gamma, args)
+
+            rng = rngs["minibatches"]
+            metrics = update(policy, adam, train_step, rollout, gamma, eps_clip, rng, args)
+            check_update(metrics, params, iteration)
+            metrics |= {"clip_coef": eps_clip, "gamma": gamma}
+            if not first:
+                policy.update_stats(raw.obs[::stride].flatten(0, 1))
+
+            step += args.batch_size
+            state.update({name: module.state_dict() for name, module in modules.items()})
+            state.update({name: generator.get_state() for name, generator in rngs.items()})
+            state.update(step=step, episodes=list(envs.episodes))
+            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
+            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
+            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            yield metrics
+
+
+# ==================================================================================================
+# The algorithm ends here. Below is what runs it: files, progress, evaluation, command line.
+# ==================================================================================================
+
+ALGORITHM = "ppo_atari"  # what a checkpoint is checked for
+GENERATOR = ppo
+WHY_AUTO = "cuda for images where there is a GPU"  # for the device that --device auto takes
+SHOWN = "approx_kl"  # the metric that the progress shows
+FIXED_ON_EVALUATION = ("norm_obs", "hidden_sizes")
+FIXED_ON_RESUME = (
+    "norm_obs",
+    "hidden_sizes",
+    "env_id",
+    "seed",
+    "num_envs",
+    "norm_reward",
+    "orthogonal_init",
+)
+RANGES = (
     (
-        "total_timesteps save_every num_envs num_steps update_epochs num_minibatches learning_rate clip_coef "
-        "max_grad_norm frame_skip frame_stack max_episode_frames clip_obs hidden_size",
+        "total_timesteps num_envs num_steps update_epochs num_minibatches hidden_sizes "
+        "learning_rate clip_coef max_grad_norm",
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes adam_eps noop_max vf_coef ent_coef", lambda x: x >= 0, "must not be negative"),
-    ("gamma gae_lambda repeat_action_probability", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    (
+        "seed eval_episodes vf_coef ent_coef",
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (
+        "learning_rate clip_coef vf_coef ent_coef",
+        math.isfinite,
+        "must be finite",
+    ),
+    (
+        "gamma gamma_final gae_lambda repeat_action_probability",
+        lambda x: 0 <= x <= 1,
+        "must lie in [0, 1]",
+    ),
 )
-FIXED_ON_EVALUATION = "frame_stack norm_obs clip_obs hidden_size"
-FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs orthogonal_init"
-AUTO_DEVICE = "CUDA where there is a GPU"
+
+SOURCE = Path(globals().get("__file__", ""))  # a notebook cell has none
+SCRIPT = SOURCE.stem if SOURCE.is_file() else ALGORITHM
+CHARTS = ("episodic_return", "episodic_length", "SPS", "learning_rate")  # other tags are losses/
+SAVE_SECONDS = 60  # between two checkpoints
+LINE_SECONDS = 60  # between two lines of progress where stdout is no terminal
+COMPILE_FROM = 250_000  # steps, for --compile auto
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 LONGEST_FILM = 3_000  # frames
 
 
-class InputError(ValueError):
-    """Bad input; the message is one line that says what to change."""
+def train(args: Args, _signals: Sequence[int] = ()) -> dict:
+    """Train from the start or from args.resume, then evaluate.
 
+    Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
+    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
+    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
+    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
+    checkpoint stays.
 
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, video_dir: str | None = None,
-    **env_kwargs,
-) -> list[float]:  # fmt: skip
-    """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
-
-    One each, since counting the first to end would favour short ones; cut after LONGEST_EVALUATION steps. `video_dir`
-    gets a GIF of the first environment; `env_kwargs` are make_envs's.
+    With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
+    start from `Args(**load_checkpoint(path)["args"])`.
     """
-    envs = make_envs(env_id, episodes, seed, **env_kwargs, **({"render_mode": "rgb_array"} if video_dir else {}))
-    returns, going, frames, obs = np.zeros(episodes), np.ones(episodes, bool), [], envs.obs
-    fps = envs.envs[0].metadata.get("render_fps", 30)
-    stride = max(1, round(fps / 25))  # steps a frame
-    for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
-            frames.append(envs.envs[0].render())
-        _, rewards, terminated, truncated, obs = envs.step(act(obs))
-        returns[going] += rewards[going]
-        going &= ~(terminated | truncated)
-        if not going.any():
-            break
-    if video_dir:
-        import imageio.v3
-
-        path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
-        print(f"video {path}")
-    return returns.tolist()
-
-
-def evaluate_policy(policy: Policy, args: Args) -> dict[str, list[float]]:
-    """Raw scores of full games, deterministic and sampled."""
-    rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
-    device, num_actions = policy.policy_head.weight.device, policy.policy_head.out_features
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.act(torch.from_numpy(obs).to(device))[0].cpu().numpy()
-
-    def sample(obs: np.ndarray) -> np.ndarray:
-        noise = gumbel_noise(rng, len(obs), num_actions).to(device)
-        return policy.act(torch.from_numpy(obs).to(device), noise)[0].cpu().numpy()
-
-    deterministic = evaluate(act, args.env_id, args.eval_episodes, seed, args.video_dir, ale=args.ale)
+    folder = Path.cwd()  # an environment may change it
+    args = check_args(args)
+    require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
+    state = {}
+    if args.resume:
+        state = load_checkpoint(args.resume)
+        check_fixed(args, state["args"], FIXED_ON_RESUME)
+        load_policy(args.resume)  # raises InputError if the networks differ
+    start = state.get("step", 0)
+    check_environment(args, state.get("spaces"))
+    if args.video_dir:
+        check_film(args)
+    torch.set_num_threads(args.torch_threads)
+    with Log(args, start, folder) as log:
+        saved_at = -math.inf
+        with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+            for metrics in iterations:
+                log(state["step"], metrics)
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    saved_at = time.monotonic()
+                    try:
+                        save_checkpoint(log.run_dir, args, state)
+                    except SaveError as error:
+                        say(f"{error}. The next try is in a minute")
+                if _signals:
+                    break
+        checkpoint = str(log.run_dir / "checkpoint.pt")
+        if state["step"] > start:
+            save_checkpoint(log.run_dir, args, state)
+        log.end_training(state)
+        evaluation = {}
+        if args.eval_episodes and not _signals:
+            evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
+            log.end_evaluation(state["step"], evaluation)
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
+        if args.video_dir and not _signals:
+            film(load_policy(checkpoint), args, _signals)
+    deterministic = evaluation.get("deterministic")
     return {
-        "deterministic": deterministic,
-        "sampled": evaluate(sample, args.env_id, args.eval_episodes, seed, ale=args.ale),
+        "steps": state["step"],
+        "episodic_return": mean_or_nan([ret for ret, _ in state["episodes"]]),
+        "eval_return": float(np.mean(deterministic)) if deterministic else None,
+        "checkpoint": checkpoint,
+        "run_dir": str(log.run_dir),
     }
 
 
-def print_evaluation(evaluation: dict[str, list[float]]) -> None:
-    """Mean and standard deviation over episodes of each mode."""
-    for mode, returns in evaluation.items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+def evaluate(
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, **kwargs
+) -> list[float]:
+    """Return the raw returns of one whole episode in each of `episodes` environments.
+
+    `act` maps raw observations (episodes, …) to actions of the environment (episodes, …). Only the
+    first episode of each environment counts, so that short episodes do not count more often. One
+    that does not end within LONGEST_EVALUATION steps is left out, and a line says so. `kwargs` are
+    those of make_envs.
+    """
+    totals = np.zeros(episodes)
+    running = np.ones(episodes, bool)
+    with closing(make_envs(env_id, episodes, seed, **kwargs)) as envs:
+        for _ in progress_bar(range(LONGEST_EVALUATION), "evaluation"):
+            _, rewards, terminated, truncated = envs.step(act(envs.obs))
+            totals[running] += rewards[running]
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+    if running.any():
+        limit = f"within {LONGEST_EVALUATION:,} steps"
+        say(f"{running.sum()} of {episodes} episodes did not end {limit}. They are left out")
+    return totals[~running].tolist()
 
 
-def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
-    """Write checkpoint.pt so that a crash leaves the old file or the new one, never half of one; -> its path."""
-    torch.save({"script": SCRIPT, "args": asdict(args)} | state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-    return str(run_dir / "checkpoint.pt")
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal. It may be None, closed, or an object without isatty."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
-def load_checkpoint(path: str, args: Args | None = None, fixed: str = "") -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` differ in `fixed`."""
+def progress_bar(steps: Iterable[int], name: str) -> Iterable[int]:
+    """Show a bar on a terminal. It has no total, because an episode may end at any step."""
+    hidden = not is_terminal(sys.stderr)
+    return steps if hidden else tqdm(iter(steps), name, unit="step", leave=False)
+
+
+def task_name(env_id: str) -> str:
+    """Return the last part of an id, for names of files."""
+    return env_id.replace(":", "/").split("/")[-1]
+
+
+def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
+    """Return `act`, but raising KeyboardInterrupt after a signal."""
+
+    def checked(*inputs):
+        if signals:
+            raise KeyboardInterrupt
+        return act(*inputs)
+
+    return checked
+
+
+def evaluate_policy(
+    policy: nn.Module, args: Args, signals: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Evaluate the most probable actions and sampled ones. Prints and returns their returns."""
+    policy.to(args.torch_device)
+    seed = stream_seed(args.seed, "evaluation")
+    rng = torch.Generator().manual_seed(seed)
+    acts = {
+        "deterministic": policy.act,
+        "sampled": lambda obs: policy.act(obs, False, rng),
+    }
+    evaluation = {}
+    for mode, act in acts.items():
+        act = interruptible(act, signals)
+        sticky = {"repeat_action_probability": args.repeat_action_probability}
+        returns = evaluate(act, args.env_id, args.eval_episodes, seed, **sticky)
+        evaluation[mode] = returns
+        result = "no episode ended"
+        if returns:
+            result = f"{np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+        say(f"evaluation, {mode}: {result}")
+    return evaluation
+
+
+def make_film_env(args: Args) -> Envs | AtariEnvs:
+    """Make one environment that renders."""
+    seed = stream_seed(args.seed, "evaluation")
+    sticky = {"repeat_action_probability": args.repeat_action_probability}
+    return make_envs(args.env_id, 1, seed, render_mode="rgb_array", **sticky)
+
+
+def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
+    """Write a GIF of one episode of the most probable actions. If that fails, a line says why."""
+    path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
+    new = path.with_suffix(".tmp")
+    act = interruptible(policy.act, signals)
+    try:
+        from PIL import Image
+        from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(make_film_env(args)) as envs, new.open("wb") as file:
+            stride = max(1, round(envs.fps / 25))  # steps a frame
+            milliseconds = round(1000 * stride / envs.fps)
+            for step in progress_bar(range(LONGEST_FILM * stride), "film"):
+                if step % stride == 0:
+                    image = Image.fromarray(envs.render()).quantize()
+                    if step == 0:
+                        file.writelines(getheader(image, info={"loop": 0})[0])
+                    frame = getdata(image, duration=milliseconds, include_color_table=True)
+                    file.writelines(frame)
+                _, _, terminated, truncated = envs.step(act(envs.obs))
+                if terminated[0] or truncated[0]:
+                    break
+            file.write(b";")  # the end of a GIF
+        os.replace(new, path)
+        say(f"film {path}")
+    except Exception as error:  # every renderer raises types of its own
+        say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
+    finally:
+        with suppress(OSError):
+            new.unlink()
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line. A closed terminal or a character that it does not know raises nothing."""
+    file = file or sys.stdout
+    with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), file=file, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line that this process has not printed before."""
+    say(text)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write standard JSON. It has no infinity and no NaN, so they become strings."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+class SaveError(OSError):
+    """A checkpoint can't be written. The message is one line."""
+
+
+def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
+    """Write checkpoint.pt. A crash leaves the old file or the new one. Raises SaveError."""
+    new = Path(run_dir, "checkpoint.tmp")
+    try:
+        torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+        load_checkpoint(str(new))  # never replace a good file by one that can't be read
+        os.replace(new, Path(run_dir, "checkpoint.pt"))
+    except (OSError, RuntimeError, InputError) as error:
+        with suppress(OSError):
+            new.unlink()
+        raise SaveError(f"can't save a checkpoint in {run_dir}: {first_line(error)}") from error
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is damaged or of another script.
+
+    "args" are the fields of this version of Args. Fields that are new have their default.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = saved["script"], saved["args"]
     except Exception as error:  # torch.load raises many unrelated types
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
-        raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
-    for name in fixed.split():
-        if getattr(args, name) != saved_args[name]:
-            raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
+        name = type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint ({name})") from error
+    known = isinstance(saved, dict) and {"algorithm", "args"} <= saved.keys()
+    require(known, f"{path} is not a checkpoint of this version of {ALGORITHM}.py")
+    writer = saved["algorithm"]
+    require(writer == ALGORITHM, f"{path} was written by {writer}.py: use that script")
+    names = {field.name for field in fields(Args)}
+    unknown = sorted(saved["args"].keys() - names)
+    if unknown:
+        listed = ", ".join(unknown)
+        say_once(f"{Path(path).absolute()} has flags that are not known here: ignored {listed}")
+    kept = {name: value for name, value in saved["args"].items() if name in names}
+    saved["args"] = asdict(Args(**kept))
     return saved
 
 
-class Log:
-    """Run folder with config.json, progress.csv and TensorBoard events; head lines and, on a terminal, progress bar."""
+def load_policy(path: str) -> ActorCritic:
+    """Return the policy of a checkpoint, on the CPU. Its environment need not be installed.
 
-    def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
+    `policy.act(obs, deterministic=True)` maps raw observations, one (O) or a batch (B, O), to
+    actions.
+    """
+    saved = load_checkpoint(path)
+    spaces = saved["spaces"]
+    args = Args(**saved["args"])
+    policy = ActorCritic(tuple(spaces["obs_shape"]), spaces["num_actions"], args)
+    try:
+        policy.load_state_dict(saved["policy"])
+    except RuntimeError as error:
+        raise InputError(f"{path} has other networks than this {SCRIPT}.py") from error
+    return policy.eval()
+
+
+def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Return the rows of a progress.csv up to `last_step`. Leaves out what is damaged."""
+    rows = []
+    with suppress(OSError, csv.Error):
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # without a cut-off last line
+        for row in csv.DictReader(lines):
+            with suppress(KeyError, TypeError, ValueError):
+                whole = None not in row and None not in row.values()
+                if whole and int(row["step"]) <= last_step and math.isfinite(float(row["seconds"])):
+                    rows.append(row)
+    return rows
+
+
+class Log:
+    """Keeps config.json, progress.csv and TensorBoard events of a run, and shows its progress."""
+
+    def __init__(self, args: Args, step: int, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{Path(args.env_id.replace(':', '/')).name}__{SCRIPT}__s{args.seed}__{unique}"
-        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir)
+        inside = self.run_dir.is_relative_to(folder)
+        self.shown = self.run_dir.relative_to(folder) if inside else self.run_dir
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.open_files(args, step)
         except OSError as error:
-            raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
-        script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        path = self.run_dir / (f"config-{step}.json" if args.resume else "config.json")
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        path = self.run_dir / "progress.csv"
-        header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
-        kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
-        self.file = path.open("w", buffering=1)  # a line at a time
-        self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
+            name = "--resume" if args.resume else "--run-dir"
+            why = f"{first_line(error)}. Name a folder that can be written"
+            raise InputError(f"{name} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        total = args.num_iterations * args.batch_size
-        why = "as asked" if args.device != "auto" else f"auto: {AUTO_DEVICE}"
-        print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
-        print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
-        print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
-        print(f"device {device} ({why}), {num_params:,} parameters", flush=True)
-        self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.step, self.last, self.seconds = step, time.time(), float(kept[-1][1]) if kept else 0.0
+        self.bar = None
+        self.step = step
+        self.last = time.monotonic()
+        self.last_line = self.last
+        self.total = args.planned_steps
 
-    def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
-        """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
-        elapsed, (returns, lengths) = time.time() - self.last, np.mean(episodes or [(math.nan,) * 2], axis=0).tolist()
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
+        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
+        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
+        say(size + (f", from {step:,}" if step else ""))
+        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
+        say(f"device {args.torch_device} ({why})")
+        if step + args.batch_size > args.total_timesteps:
+            say("nothing is left to train: a larger --total-timesteps continues")
+
+    def open_files(self, args: Args, step: int) -> None:
+        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        config = {"args": asdict(args), "device": str(args.torch_device)}
+        config["python"] = sys.version.split()[0]
+        config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
+        if SOURCE.is_file():
+            config["script_sha256"] = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+        name = f"config-{step}.json" if args.resume else "config.json"
+        write_json(self.run_dir / name, config)
+
+        if step + args.batch_size <= args.total_timesteps:
+            (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
+        path = self.run_dir / "progress.csv"
+        rows = whole_rows(path, step) if step else []
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.columns = list(rows[0]) if rows else None
+        new = path.with_suffix(".tmp")
+        with new.open("w", newline="") as file:
+            if rows:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(new, path)
+        self.file = path.open("a", buffering=1, newline="")
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of one iteration that ended at `step`."""
+        elapsed = time.monotonic() - self.last
         sps = (step - self.step) / elapsed
-        charts = {"episodic_return": returns, "episodic_length": lengths, "SPS": sps, "learning_rate": lr}
-        self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
-        if not self.file.tell():
-            self.file.write(",".join(["step", "seconds", *charts, *stats]) + "\n")
-        cells = {**charts, **stats}
-        values = ("" if math.isnan(x) else f"{x:.6g}" for x in cells.values())
-        self.file.write(",".join([str(step), f"{self.seconds:.2f}", *values]) + "\n")
-        for name, value in cells.items():
-            if not math.isnan(value):
-                self.events.add_scalar(f"{'charts' if name in charts else 'losses'}/{name}", value, step)
-        self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
+        metrics = {"SPS": sps} | metrics
+        if self.bar is None:  # the first iteration may print lines
+            options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
+            hidden = not is_terminal(sys.stderr)
+            self.bar = tqdm(initial=self.step, total=self.total, disable=hidden, **options)
+        self.step = step
+        self.last += elapsed
+        self.seconds += elapsed
+        try:
+            self.write(step, metrics)
+        except OSError as error:  # a full disk must not end the run
+            say_once(f"progress.csv and TensorBoard are not complete: {error}")
+        mean_return = f"{metrics['episodic_return']:.1f}"
+        shown = f"{metrics[SHOWN]:.4f}"
+        self.bar.set_postfix({"return": mean_return, SHOWN: shown}, refresh=False)
         self.bar.update(step - self.bar.n)
+        seen = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        if not seen and self.last - self.last_line >= LINE_SECONDS:
+            self.last_line = self.last
+            done = f"step {step:,} of {self.total:,}"
+            say(f"{done}  return {mean_return}  {SHOWN} {shown}  {sps:.0f} steps/s")
 
-    def finish(self, step: int, mean_return: float, episodes: int, evaluation: dict, path: str) -> None:
-        """Write the evaluation, if there was one, and print the closing lines."""
-        if evaluation:
-            (self.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-            self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
-        print(f"mean return of the last {episodes} training episodes {mean_return:.1f}")
-        print_evaluation(evaluation)
-        print(f"{step:,} steps in {self.seconds:.0f} s  {path}")
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one row of progress.csv and the TensorBoard scalars."""
+        row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
+        for name, value in metrics.items():
+            row[name] = "" if math.isnan(value) else f"{value:.6g}"
+        if self.columns is None:
+            self.columns = list(row)
+            self.file.write(",".join(self.columns) + "\n")
+        options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(self.file, self.columns, **options).writerow(row)
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                group = "charts" if name in CHARTS else "losses"
+                self.events.add_scalar(f"{group}/{name}", value, step)
+
+    def end_training(self, state: dict) -> None:
+        """Print the training score."""
+        if self.bar is not None:
+            self.bar.close()
+        returns = [ret for ret, _ in state["episodes"]]
+        count = f"the last {len(returns)} training episodes"
+        text = f"mean return of {count} {mean_or_nan(returns):.1f}"
+        say(text if returns else "no training episode ended")
+
+    def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
+        """Write eval.json, and the deterministic score for TensorBoard."""
+        try:
+            write_json(self.run_dir / "eval.json", evaluation)
+            if evaluation["deterministic"]:
+                mean = np.mean(evaluation["deterministic"])
+                self.events.add_scalar("eval/return", mean, step)
+        except OSError as error:
+            say_once(f"eval.json and TensorBoard are not complete: {error}")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        for part in (self.bar, self.events, self.file):
-            part.close()
+        if self.bar is not None:
+            self.bar.close()
+        for file in (self.events, self.file):
+            with suppress(OSError):
+                file.close()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
-    caught, previous = [], {}
-
-    def note(number: int, _) -> None:
-        caught.append(number)
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, b"\nstopping after this iteration; once more kills\n")
-        for s in previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    with suppress(ValueError):  # only the main thread can catch signals
-        previous.update({s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield caught
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
-def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Callable:
-    """`function` as one compiled graph if --compile asks for it and PyTorch can; else eager, saying why."""
-    torch.compiler.reset()  # a process may train many configurations; PyTorch recompiles a function a few times only
-    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < 250_000):
+def compile_or_eager(function: Callable, args: Args) -> Callable:
+    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
+    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        print("not compiled: this PyTorch can't trace torch.autograd.grad")
+        say("not compiled: this PyTorch can't compile torch.autograd.grad")
         return function
     torch._dynamo.config.trace_autograd_ops = True
-    print("compiling: the first iteration takes up to half a minute", flush=True)
-    cuda_graphs = device.type == "cuda"
-    how = {"mode": "reduce-overhead"} if cuda_graphs else {"options": {"cpp_wrapper": device.type == "cpu"}}
+    cuda = args.torch_device.type == "cuda"
+    how = {"mode": "reduce-overhead"} if cuda else {"options": {"cpp_wrapper": True}}
     chosen = torch.compile(function, fullgraph=True, **how)
+    first = True
 
     def compiled(*inputs):
-        nonlocal chosen
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
+        nonlocal chosen, first
+        if first:
+            say("compiling: the first iteration takes up to half a minute")
+            first = False
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # the next call overwrites the outputs
         try:
-            return chosen(*inputs)
+            outputs = chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
-            print(f"not compiled: {str(error).splitlines()[0]}")
+            say(f"not compiled: {first_line(error)}")
             chosen = function
-            return function(*inputs)
+            outputs = function(*inputs)
+        return {name: x.clone() for name, x in outputs.items()} if cuda else outputs
 
     return compiled
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of --device. Raises InputError if it is not there."""
-    try:
-        return torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).split(". ")[0].splitlines()[0]
-        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
+def require(condition: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory; else it returns it to the system, and gets it anew, in every minibatch.
-
-    That is a fifth of the time of a convolutional network's gradient. Without glibc it does nothing.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
-            mallopt(option, size)
+def flag(name: str) -> str:
+    """Return the flag of a field of Args."""
+    return "--" + name.replace("_", "-")
 
 
-def check_spaces(env: gym.Env, env_id: str) -> None:
-    """Raise InputError unless observations are uint8 images and actions discrete."""
-    actions, obs, needs = env.action_space, env.observation_space, f"--env-id {env_id} has the space"
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        hint = "for continuous ones use ppo_continuous.py"
-        raise InputError(f"{needs} {actions}, but this script needs discrete actions from 0: {hint}")
-    if not isinstance(obs, gym.spaces.Box) or obs.dtype != np.uint8 or len(obs.shape) != 3 or min(obs.shape[1:]) < 36:
-        hint = "for vectors use acer_discrete.py, for images of shape (H, W, C) the wrapper TransformObservation"
-        raise InputError(
-            f"{needs} {obs}, but this script needs uint8 images (C, H, W) of 36 x 36 pixels or more: {hint}"
-        )
+def check_type(name: str, value: object, kind: object) -> None:
+    """Raise InputError unless the value of a flag is of the type that Args declares."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
+    elif get_origin(kind) is tuple:
+        whole = isinstance(value, tuple) and all(type(x) is int for x in value)
+        require(whole, f"{name} {value!r} must be a tuple of whole numbers")
+    elif set(kinds) <= {bool, int, float, str, type(None)}:
+        names = " or ".join(x.__name__ for x in kinds)
+        fits = type(value) in kinds
+        require(fits, f"{name} {value!r} must be of type {names}")
+        require(value != "", f"{name} is empty")
 
 
-def check_args(args: Args) -> None:
-    """Raise InputError for values that can't be trained with."""
-    for names, holds, what in CHECKS:
+def check_args(args: Args) -> Args:
+    """Return a copy with plain values and whole paths. Raises InputError for what can't be used."""
+    args = replace(args, **to_python(asdict(args)))
+    for field, kind in get_type_hints(Args).items():
+        name = flag(field)
+        value = getattr(args, field)
+        if isinstance(value, list):
+            value = tuple(value)
+        kinds = get_args(kind) or (kind,)
+        if int in kinds and isinstance(value, float):
+            require(value % 1 == 0, f"{name} {value} must be a whole number")
+            value = int(value)
+        if float in kinds and int not in kinds and type(value) is int:
+            require(abs(value) < 1e300, f"{name} is too large")
+            value = float(value)
+        check_type(name, value, kind)
+        setattr(args, field, value)
+    for names, holds, what in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
-                raise InputError(f"--{name.replace('_', '-')} {value} {what}")
-    if args.batch_size < 2:
-        raise InputError("num_envs x num_steps must be 2 or more")
-    if args.batch_size % args.num_minibatches:
-        raise InputError(f"--num-minibatches must divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        raise InputError(f"--total-timesteps is less than one batch, num_envs x num_steps = {args.batch_size}")
-    if args.resume and Path(args.resume).name != "checkpoint.pt":
-        raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
-    if args.evaluate and not args.eval_episodes:
-        raise InputError("--evaluate needs --eval-episodes of 1 or more")
-    if args.video_dir:
-        try:
-            make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
-        except InputError:
-            raise
-        except Exception as error:  # every renderer raises types of its own
-            hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
+            values = value if isinstance(value, tuple) else [value]
+            good = value is None or all(holds(x) for x in values)
+            require(good, f"{flag(name)} {value} {what}")
+
+    args = choose_defaults(args)
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    require(args.batch_size >= 2, f"{size} must be 2 or more")
+    require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    if args.resume:
+        name = Path(args.resume).name
+        why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
+        require(name == "checkpoint.pt", why)
+    evaluates = args.eval_episodes > 0 or not args.evaluate
+    require(evaluates, "--evaluate needs --eval-episodes of 1 or more")
+    taken = any(getattr(args, name) == value for name, value in PAPER.items())
+    require(taken or not args.paper, "paper=True changes nothing in Python: write Args(**PAPER)")
+    check_algorithm_args(args)
+    try:
+        torch.zeros(1, device=args.torch_device).item()
+    except Exception as error:  # every backend raises types of its own
+        raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
+
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
+    return args
 
 
-def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise FloatingPointError if one of the tensors holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in {name}, in the iteration after step {step:,}")
+def check_environment(args: Args, spaces: dict | None) -> None:
+    """Raise InputError unless the environment works with this script and with a checkpoint."""
+    envs = make_envs(args.env_id, 1, args.seed)
+    envs.close()
+    fits = spaces is None or spaces == envs.spaces
+    require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
+    content = {"args": asdict(args), "spaces": envs.spaces, "env_rng_states": envs.rng_states}
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises many unrelated types
+        why = f"a checkpoint can't hold its flags or its environment: {first_line(error)}"
+        raise InputError(why) from error
+
+
+def check_film(args: Args) -> None:
+    """Raise InputError unless the environment can be rendered."""
+    try:
+        with closing(make_film_env(args)) as envs:
+            envs.render()
+    except Exception as error:  # every renderer raises types of its own
+        why = f"{type(error).__name__}: {first_line(error)}"
+        hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+        raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
+
+
+def choose_defaults(args: Args) -> Args:
+    """Return a copy in which no field of DEFAULTS is None, and print what was chosen."""
+    filled = fill_defaults(args, observes_images(args.env_id))
+    chosen = [name for name in DEFAULTS if getattr(args, name) is None]
+    if chosen:
+        values = ", ".join(f"{name} {getattr(filled, name)}" for name in chosen)
+        say(f"defaults for {'images' if filled.images else 'vectors'}: {values}")
+    return filled
+
+
+def check_algorithm_args(args: Args) -> None:
+    """Raise InputError for flags that contradict each other."""
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    divides = args.batch_size % args.num_minibatches == 0
+    require(divides, f"--num-minibatches must divide {size}")
+    require(len(args.hidden_sizes) > 0, "--hidden-sizes needs one layer or more")
+    require(args.images or not args.paper, "--paper is for images: the paper has no vectors")
+    sticky = args.repeat_action_probability > 0
+    require(args.images or not sticky, "--repeat-action-probability is for games of ALE")
+
+
+def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:
+    """Raise InputError if args differ from a checkpoint's where they can't change."""
+    for name in names:
+        value = getattr(args, name)
+        same = value == saved[name]
+        require(same, f"{flag(name)} {value}: the checkpoint has {saved[name]}, which can't change")
+
+
+def cli(default: Args) -> Args:
+    """Read the command line. Flags that are not given have the values of `default`."""
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "algorithm": AlgorithmArgs}
+    defaults = {}
+    for name, group in groups.items():
+        defaults[name] = group(**{f.name: getattr(default, f.name) for f in fields(group)})
+    flags = make_dataclass("Flags", groups.items())
+    config = (tyro.conf.OmitArgPrefixes,)
+    description = (__doc__ or ALGORITHM).splitlines()[0]
+    given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
+    values = {}
+    for name in groups:
+        values |= vars(getattr(given, name))
+    return Args(**values)
 
 
 def parse_args() -> Args:
-    """Command line -> Args; --resume and --evaluate take the checkpoint's arguments as defaults."""
-    cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
-    args = cli()
-    if args.resume and (args.evaluate or args.run_dir):
-        raise InputError("--resume goes on in the checkpoint's own folder: leave out --evaluate and --run-dir")
-    if not (args.resume or args.evaluate):
-        return args
-    saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
+    """Return the Args of the command line. --resume and --evaluate start from a checkpoint's."""
+    args = cli(Args())
+    path = args.resume or args.evaluate
+    if not path:
+        return cli(Args(**PAPER, paper=True)) if args.paper else args
+    require(not args.paper, "--paper: a checkpoint has its own settings, leave it out")
+    if args.resume:
+        why = "--resume continues in the checkpoint's folder: leave out --evaluate and --run-dir"
+        require(not args.evaluate and not args.run_dir, why)
+    saved = Args(**load_checkpoint(path)["args"])
     episodes = saved.eval_episodes or (Args.eval_episodes if args.evaluate else 0)
-    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
+    own = {"resume": None, "run_dir": None, "video_dir": None, "eval_episodes": episodes}
+    return cli(replace(saved, **own))
+
+
+def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
+    """Run --evaluate: print the scores of a checkpoint, and film it if --video-dir is given."""
+    args = check_args(args)
+    saved = load_checkpoint(args.evaluate)
+    check_fixed(args, saved["args"], FIXED_ON_EVALUATION)
+    policy = load_policy(args.evaluate)
+    check_environment(args, saved["spaces"])
+    evaluate_policy(policy, args, signals)
+    if args.video_dir:
+        film(policy, args, signals)
+
+
+def drop_unread_output() -> None:
+    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    """Run the command line; -> the exit code."""
+    """Run the command line. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    signals = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    caught = [
+        n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        for n in caught:
+            signal.signal(n, signal.SIG_DFL)
+        with suppress(OSError):
+            if sys.stderr is not None:  # else 2 may be another file
+                os.write(2, b"\nstopping: a second signal kills\n")
+
+    for n in caught:
+        signal.signal(n, stop)
     try:
         args = parse_args()
-        if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        if not args.evaluate:
-            return 128 + signum if (signum := train(args)["signal"]) else 0
-        check_args(args)
-        saved = load_checkpoint(args.evaluate, args, FIXED_ON_EVALUATION)
-        env = make_envs(args.env_id, 1, args.seed, ale=args.ale).envs[0]
-        policy = Policy(env.observation_space.shape, env.action_space, args).to(pick_device(args.device))
-        try:
-            policy.load_state_dict(saved["policy"])
-        except RuntimeError as error:
-            raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
-        print_evaluation(evaluate_policy(policy, args))
-        return 0
+        if args.evaluate:
+            evaluate_checkpoint(args, signals)
+        else:
+            train(args, signals)
     except InputError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", file=sys.stderr)
+    except NonFiniteError as error:
+        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        return 1
+    except SaveError as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + (signals[0] if signals else signal.SIGINT)
+    except BrokenPipeError:  # of --help
+        return 0
+    finally:
+        with suppress(AttributeError, ValueError):
+            drop_unread_output()
+    return (128 + signals[0]) if signals else 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
