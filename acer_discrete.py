@@ -1,65 +1,85 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1", "tyro==1.0.17",
-#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pygame==2.6.1"]
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "ale-py==0.12.1",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0", "pygame==2.6.1",
+# ]
 # ///
 """Actor-critic with experience replay (ACER) for discrete actions, in one file.
 
-Papers   ACER      Wang et al. 2017, arXiv:1611.01224v2           DQN    Mnih et al. 2015, doi:10.1038/nature14236
-         Retrace   Munos et al. 2016, arXiv:1606.02647v2          Pardo  Pardo et al. 2018, arXiv:1712.00378v4
-         Machado   Machado et al. 2018, arXiv:1709.06009v2        GAE    Schulman et al. 2016, arXiv:1506.02438v6
-         Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
-Install  pip install --requirements-from-script acer_discrete.py        (pip 26 or later; or `uv run` the file)
-Run      python acer_discrete.py --env-id CartPole-v1 --seed 1
-         python acer_discrete.py --env-id ALE/Pong-v5 --num-envs 16 --learning-rate 7e-4 --replay-start 10_000
-Resume   python acer_discrete.py --resume runs/<run>/checkpoint.pt
-Evaluate python acer_discrete.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20 --video-dir videos
+Papers
+    ACER      Wang et al. 2017, arXiv:1611.01224v2
+    Retrace   Munos et al. 2016, arXiv:1606.02647v2
+    DQN       Mnih et al. 2015, doi:10.1038/nature14236
+    Machado   Machado et al. 2018, arXiv:1709.06009v2
+    Engstrom  Engstrom et al. 2020, arXiv:2005.12729v1
+    Pardo     Pardo et al. 2018, arXiv:1712.00378v4
 
-Equation map: equation -> function -> symbol
-    GAE eq. 16                     linear_recursion          Σ_k d_t⋯d_{k-1} x_k, here of Retrace
-    ACER eq. 5, Retrace eq. 3      retrace                   Q^ret
-    ACER eq. 9                     acer_gradient             g, the gradient of the actor's objective by π
-    Engstrom section 3, item 9     clip_global_norm          gradient clipping
-    ACER section 3.3               kl_gradient               k, the gradient of KL(π_a ‖ π) by π
+Install   pip install torch==2.13.0 gymnasium==1.4.0 ale-py pygame tyro tensorboard tqdm
+          (or `uv run acer_discrete.py`, which reads the exact versions from the top of this file)
+Run       python acer_discrete.py --env-id CartPole-v1 --seed 1
+          python acer_discrete.py --env-id ALE/Pong-v5 --seed 1
+Resume    python acer_discrete.py --resume runs/<run>/checkpoint.pt
+Evaluate  python acer_discrete.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
+From Python: train(Args(env_id="Acrobot-v1")), load_policy("runs/<run>/checkpoint.pt").act(obs)
+
+Equation map
+    equation                       function                  symbol
+    ACER eq. 9, first term         truncated_gradient        min(c, ρ) (Q^ret - V) ∇ log π
+    ACER eq. 9, second term        correction_gradient       E_π([1 - c/ρ]₊ (Q - V) ∇ log π)
+    ACER section 4                 entropy_gradient          the gradient of S[π]
+    ACER eqs. 9-10                 acer_gradient             g, the gradient with respect to π
+    ACER section 3.3               kl_gradient               k, the gradient of KL(π_a ‖ π)
     ACER eqs. 11-12                trust_region_step         z*
+    ACER eq. 5, Retrace eq. 3      retrace                   Q^ret
     ACER section 3.3               update_average            θ_a
-    ACER section 3                 minibatch_gradient        (∂π/∂θ)ᵀ z* and the critic's gradient
-    ACER section 3                 update                    one on-policy call, n ~ Poisson(r) from replay
-    ACER section 3                 train                     collect, store, update
-Departures from the ACER paper, where OpenAI's baselines differ from it or it is silent, and the flags for the other
-    --learning-rate 7e-4 --num-envs 16  baselines' for Atari; the defaults are those that small tasks are learned with
-    --ent-coef 0.001                    the paper's weight of the entropy bonus; baselines' 0.01 is the default
-    --replay-start 10_000               baselines' for Atari, of a replay memory that is worth drawing from
-    --q-coef 1                          the paper's weight of the critic's gradient; baselines' 0.5 is the default
-    --no-orthogonal-init                PyTorch's initialization instead of scaled orthogonal layers
-    --max-grad-norm inf                 gradients unclipped
-    (always on)                         V(final observation) completes returns cut by a time limit (Pardo eq. 6)
-    (always on)                         gradients are means over the batch, not sums
-    (always on)                         environments stepped together, where the paper has 16 asynchronous threads
-    (always on)                         RMSProp of TensorFlow 1; the entropy bonus inside the trust region
-Ablations of the paper: --replay-ratio 0 (on-policy only), --no-trust-region, --no-bias-correction, --trunc-c,
---trust-region-delta, --avg-decay.
+    ACER eq. 6                     acer_loss                 (Q^ret - Q) ∇Q
+    ACER Algorithm 2               acer_loss                 (∂π/∂θ)ᵀ z*
+    ACER Algorithm 1               acer, update              on-policy call, n ~ Poisson(r) replays
+    DQN Methods                    nature_cnn                convolutional network
+    Engstrom section 3, item 9     clip_global_norm          gradient clipping
 
-Resuming restores weights, optimizer, average policy and random generators. Episodes in flight start anew; the replay
-memory too, unless --save-replay stored it, and nothing is replayed until it holds --replay-start steps again.
+Departures from the ACER paper that no flag reverts (PAPER below lists the others)
+    Environments are stepped together. The paper has 16 asynchronous threads.
+    All environments share one draw of n ~ Poisson(r). In the paper each thread draws its own.
+    Replay draws a stored segment of T steps for each environment. A thread of the paper draws a
+    trajectory.
+    Gradients are means over the batch. In the paper they are sums over a trajectory.
+    RMSProp is that of TensorFlow 1, as in OpenAI baselines.
+    The entropy bonus is inside the trust region. The paper does not say where it is.
+    Policy and critic have a network each for vectors. The paper's discrete tasks are all images.
+    1e-6 is added to probabilities before a division or a logarithm, as in OpenAI baselines.
+    When a time limit ends an episode, its last target keeps γ V(final observation) (Pardo eq. 6).
+    The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
+    ALE presses FIRE when it resets a game. After a lost life FIRE replaces the policy's action, and
+    the policy's action is stored.
+Ablations: --replay-ratio 0 (on-policy only), --no-trust-region, --trunc-c inf (neither truncation
+nor correction).
+
+A resumed run restarts unfinished episodes, and its replay memory is empty unless --save-replay
+stored it. If no episode is unfinished at the checkpoint, and the memory is stored or not used, the
+resumed run equals the uninterrupted run bit for bit. The random states of ALE can't be saved, so a
+resumed run plays its games with new seeds.
 """
 
 import copy
-import ctypes
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -68,58 +88,85 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- Args ------------------------------------------------------------------------------------------------------------
+# ---- Args ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
-    # run
-    seed: int = 1  # seed of everything random: initialization, actions, replay, environments
-    total_timesteps: int = 150_000  # environment steps, rounded down to whole iterations; four frames each in ALE
-    run_dir: str | None = None  # folder of this run, not existing yet; default runs/<env>__<script>__s<seed>__<unique>
-    resume: str | None = None  # checkpoint.pt to go on from, with its configuration; flags given win, or are refused
-    evaluate: str | None = None  # checkpoint.pt to evaluate instead of training
-    eval_episodes: int = 10  # full games of the evaluation at the end, deterministic and sampled each; 0 = none
-    video_dir: str | None = None  # folder for a GIF of the first evaluation episode
-    save_every: int = 100  # iterations between checkpoints; one is always written at the end
-    save_replay: bool = False  # keep the replay memory in replay.pt beside each checkpoint
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA for images where there is a GPU, else the CPU
-    replay_device: Literal["cpu", "cuda"] = "cpu"  # where the replay memory is
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the gradient step; auto = from 250,000 steps on
-    # environment
-    env_id: str = "CartPole-v1"  # Gymnasium id, of vectors, images or an ALE game; module:Env-v0 for one of your own
-    num_envs: int = 8  # N, environments; ALE's are stepped in parallel, others in turn
-    frame_skip: int = 4  # ALE: frames that an action is repeated for, the last two max-pooled (DQN methods)
-    frame_stack: int = 4  # ALE: 84 x 84 gray frames in an observation (DQN methods)
-    noop_max: int = 30  # ALE: a game starts after up to this many no-ops (DQN methods)
-    fire_on_reset: bool = True  # ALE: press fire to begin a game, and as the first action of each life (baselines)
-    life_loss_terminal: bool = True  # ALE: a lost life ends the return to learn from, not the game (DQN methods)
-    repeat_action_probability: float = 0.0  # ALE: sticky actions; Machado recommends 0.25, baselines have none
-    max_episode_frames: int = 108_000  # ALE: frames until a game is truncated, 30 minutes
-    clip_rewards: bool = True  # ALE: learn from the sign of the reward (DQN methods); scores logged are raw
-    # algorithm
-    num_steps: int = 20  # T, steps per environment and iteration (ACER's k), and of a segment in replay
-    gamma: float = 0.99  # γ, discount factor
-    replay_ratio: float = 4.0  # r, mean number of updates from replay for each on-policy one; 0 = on-policy only
-    replay_capacity: int = 50_000  # steps per environment that the replay memory holds
-    replay_start: int = 250  # steps per environment in it before replay begins; 10_000 for Atari
+class RunArgs:
+    # Gymnasium id of an ALE game, of images or of vectors, or module:Env-v0 for one of your own
+    env_id: str = "CartPole-v1"
+    seed: int = 1  # seed of weights, actions, replay and environments
+    # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. A step of ALE
+    # is 4 frames. With --resume, a larger value stretches the schedules. None: 10,000,000 for
+    # images, 150,000 for vectors
+    total_timesteps: int | float | None = None
+    paper: bool = False  # use the settings of the ACER paper, where no other flag is given
+    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    run_dir: str | None = None
+    # continue from this checkpoint.pt with its flags. Flags you give override them
+    resume: str | None = None
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
+    # evaluation. An episode of ALE is a whole game
+    eval_episodes: int = 10
+    video_dir: str | None = None  # folder for a GIF of one episode with the most probable actions
+    # store the replay memory in each checkpoint. The file is then as large as the memory, and it
+    # takes as much RAM again to save it
+    save_replay: bool = False
+    # auto, cpu, cuda, cuda:1 or mps. auto is cuda for images where there is a GPU, else cpu
+    device: str = "auto"
+    # compile the minibatch step with torch.compile. auto compiles runs of 250,000 steps or more
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class EnvironmentArgs:
+    # N, number of environments. ALE steps them in parallel. None: 16 for images, 8 for vectors
+    num_envs: int | None = None
+    # ALE: a lost life ends the return that is learned from, but not the game (DQN Methods)
+    life_loss_terminal: bool = True
+    # ALE: probability that the last action is repeated, whatever the id says. Machado recommends
+    # 0.25
+    repeat_action_probability: float = 0.0
+    # images: learn from the sign of the reward (DQN Methods). Scores are of raw rewards
+    clip_rewards: bool = True
+    images: tyro.conf.Suppress[bool | None] = None  # not a flag: set by fill_defaults
+
+
+@dataclass
+class AlgorithmArgs:
+    num_steps: int = 20  # T (k in the paper), steps per environment and iteration
+    gamma: float = 0.99  # γ, the discount factor
+    # r, mean number of updates from replay for each on-policy one. 0: on-policy only
+    replay_ratio: float = 4.0
+    # steps per environment in the replay memory. 50,000 of 16 ALE games take 6.3 GiB
+    replay_capacity: int = 50_000
+    # replay begins when each environment has stored this many steps. None: 10,000 for images, 250
+    # for vectors
+    replay_start: int | None = None
     trunc_c: float = 10.0  # c of ACER eq. 9, where importance weights are truncated
-    bias_correction: bool = True  # the second term of ACER eq. 9, for what truncation takes away
-    trust_region: bool = True  # ACER eq. 11, against the average policy
+    bias_correction: bool = (
+        True  # the second term of ACER eq. 9, for what the truncation leaves out
+    )
+    trust_region: bool = True  # ACER eq. 11, around the average policy
     trust_region_delta: float = 1.0  # δ of ACER eq. 11
     avg_decay: float = 0.99  # α of the average policy, θ_a ← α θ_a + (1-α) θ after each update
     q_coef: float = 0.5  # weight of the critic's halved squared error
-    ent_coef: float = 0.01  # weight of the entropy bonus, inside the trust region
-    learning_rate: float = 5e-3  # RMSProp's step size; 7e-4 for Atari
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    # η, step size of RMSProp. None: 7e-4 for images, 5e-3 for vectors
+    learning_rate: float | None = None
     anneal_lr: bool = False  # anneal the learning rate linearly to zero
-    rms_decay: float = 0.99  # decay of RMSProp's mean square
-    rms_eps: float = 1e-5  # ε of RMSProp, inside the root
-    max_grad_norm: float = 10.0  # largest norm of the gradient; inf = off
-    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers, of vectors
-    shared_trunk: bool = False  # one trunk for policy and critic of vectors; images always share theirs
-    cnn_hidden: int = 512  # units of the layer after the convolutions, of images
-    activation: Literal["tanh", "relu"] = "tanh"  # activation, of vectors
-    orthogonal_init: bool = True  # orthogonal weights: gain √2, policy output 0.01, Q output 1; else PyTorch's own
+    max_grad_norm: float = 10.0  # largest norm of the gradient. inf: no clipping
+    # hidden layers, for images those after the convolutions. None: 512 for images, 64 64 for
+    # vectors
+    hidden_sizes: tuple[int, ...] | None = None
+    # orthogonal weights with gain √2 (policy output 0.01, Q output 1), or PyTorch's default
+    orthogonal_init: bool = True
+
+
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the last base to the first
+    """All flags of the three groups above."""
 
     @property
     def batch_size(self) -> int:
@@ -127,178 +174,167 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)
 
     @property
-    def num_minibatches(self) -> int:
-        return 1
+    def planned_steps(self) -> int:
+        """total_timesteps, rounded down to whole iterations."""
+        return self.num_iterations * self.batch_size
 
     @property
-    def ale(self) -> dict[str, int | float | bool]:
-        """Arguments of ALE's vector environment, all but life_loss_info of which holds for full games too."""
-        return {
-            "frameskip": self.frame_skip,
-            "stack_num": self.frame_stack,
-            "noop_max": self.noop_max,
-            "use_fire_reset": self.fire_on_reset,
-            "repeat_action_probability": self.repeat_action_probability,
-            "max_num_frames_per_episode": self.max_episode_frames,
-        }
+    def torch_device(self) -> torch.device:
+        auto = "cuda" if self.images and torch.cuda.is_available() else "cpu"
+        return torch.device(auto if self.device == "auto" else self.device)
+
+    @property
+    def torch_threads(self) -> int:
+        return THREADS if self.images else 1  # more do not help small networks
 
 
-# ---- Equations -------------------------------------------------------------------------------------------------------
-# T steps per rollout · N environments · B = T·N samples · A actions · O observation dims
+DEFAULTS = {  # of fields that are None: for images (OpenAI baselines), for vectors
+    "total_timesteps": (10_000_000, 150_000),
+    "num_envs": (16, 8),
+    "replay_start": (10_000, 250),
+    "learning_rate": (7e-4, 5e-3),
+    "hidden_sizes": ((512,), (64, 64)),
+}
 
-EPS = 1e-6  # keeps ratios and logarithms of probabilities finite, as in baselines
+PAPER = {  # --paper: ACER sections 3 and 4, and OpenAI baselines where the paper is silent
+    "num_envs": 16,  # asynchronous threads
+    "replay_start": 10_000,  # OpenAI baselines
+    "q_coef": 1.0,
+    "ent_coef": 0.001,
+    "learning_rate": 7e-4,  # OpenAI baselines. The paper takes one from A3C and does not print it
+}
+
+EPS = 1e-6  # keeps ratios and logarithms of probabilities finite
+THREADS = torch.get_num_threads()  # of PyTorch, for images
+HUGE = 1e10  # larger observations are refused
+ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
+FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
+FRAME_SKIP = 4  # ALE: frames that an action is repeated for (DQN Methods)
+MAX_FRAMES = 108_000  # ALE: a game is truncated after 30 minutes
 
 
-def linear_recursion(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + d_t y_{t+1} with y_T = 0, the recursive form of GAE eq. 16. All (T, N).
-
-    Round k merges sums of 2^k terms in pairs, y_t ← y_t + d_t⋯d_{t+2^k-1} y_{t+2^k}: log₂ T operations instead of T.
-    """
-    assert x.shape == decay.shape
-    y, reach = x, 1
-    while reach < len(x):
-        y = torch.cat([y[:-reach] + decay[:-reach] * y[reach:], y[-reach:]])
-        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
-        reach *= 2
-    return y
+class InputError(ValueError):
+    """Bad input. The message is one line that says what to change."""
 
 
-def retrace(
-    rewards: Tensor, q_taken: Tensor, next_values: Tensor, rho: Tensor, terminated: Tensor, done: Tensor, gamma: float
+class NonFiniteError(FloatingPointError):
+    """NaN, infinity or a number too large to train on. The message says where it appeared."""
+
+
+def fill_defaults(args: Args, images: bool) -> Args:
+    """Return a copy in which no field of DEFAULTS is None. `images` is the kind of observation."""
+    args = replace(args, images=images, clip_rewards=args.clip_rewards and images)
+    for name, (for_images, for_vectors) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_images if images else for_vectors)
+    return args
+
+
+# ---- Equations -----------------------------------------------------------------------------------
+# T steps, N environments, A actions, O observation dims or (C, H, W) of an image, P weights
+
+
+def truncated_gradient(
+    probs: Tensor, q: Tensor, q_ret: Tensor, actions: Tensor, mu: Tensor, trunc_c: float
 ) -> Tensor:
-    """ACER eq. 5, Retrace eq. 3 with λ = 1: the target Q^ret of Q(s_t, a_t). All (T, N).
+    """First term of ACER eq. 9, as the gradient with respect to π: the action taken, ρ cut at c.
 
-        Q^ret_t = r_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})) + γ V(s_{t+1}),  ρ̄ = min(1, ρ)
+    1{a = a_t} min(c, ρ_a) (Q^ret - V) / π_a  with  ρ = π/μ,  V = Σ_a π_a Q_a
 
-    Written with δ_t = r_t + γ V(s_{t+1}) - Q(s_t, a_t): Q^ret_t - Q_t = δ_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q_{t+1}).
-    `rho` are the weights π/μ of the actions taken; 1 is their limit here, though eq. 5 prints the letter c of eq. 9.
-    `next_values[t]` is V of the state that action t led to: at an episode end, of the final observation. A termination
-    removes that V, a truncation keeps it (Pardo eq. 6); both (`done`) end the sum.
+    1/π_a is the derivative of log π_a. q_ret and actions are (…,), the others (…, A). Returns
+    (…, A).
     """
-    assert rewards.shape == q_taken.shape == next_values.shape == rho.shape == terminated.shape == done.shape
-    delta = rewards + gamma * next_values * ~terminated - q_taken  # (T, N)
-    traces = gamma * rho.clamp(max=1).roll(-1, 0) * ~done  # γ ρ̄_{t+1}; the last one multiplies nothing
-    return q_taken + linear_recursion(delta, traces)
+    rho = probs / (mu + EPS)
+    values = (probs * q).sum(-1)
+    taken = torch.nn.functional.one_hot(actions, probs.shape[-1])
+    return taken * rho.clamp(max=trunc_c) * (q_ret - values)[..., None] / (probs + EPS)
+
+
+def correction_gradient(probs: Tensor, q: Tensor, mu: Tensor, trunc_c: float) -> Tensor:
+    """Second term of ACER eq. 9, as the gradient with respect to π: what the truncation leaves out.
+
+    π_a [1 - c/ρ_a]₊ (Q_a - V) / π_a
+
+    π_a is the weight of the expectation, 1/π_a the derivative of log π_a. Takes and returns (…, A).
+    """
+    rho = probs / (mu + EPS)
+    values = (probs * q).sum(-1, keepdim=True)
+    weight = (1 - trunc_c / (rho + EPS)).clamp(min=0)
+    return probs * weight * (q - values) / (probs + EPS)
+
+
+def entropy_gradient(probs: Tensor) -> Tensor:
+    """ACER section 4: the gradient of the entropy with respect to π, -log π_a - 1.
+
+    S[π] = -Σ_a π_a log π_a. Takes and returns (…, A).
+    """
+    return -(probs + EPS).log() - probs / (probs + EPS)
 
 
 def acer_gradient(
-    probs: Tensor, q: Tensor, q_ret: Tensor, actions: Tensor, mu: Tensor, trunc_c: float, ent_coef: float
+    probs: Tensor,
+    q: Tensor,
+    q_ret: Tensor,
+    actions: Tensor,
+    mu: Tensor,
+    trunc_c: float,
+    ent_coef: float,
 ) -> Tensor:
-    """ACER eq. 9 and an entropy bonus, differentiated by the probabilities: g. q_ret, actions (B,), else (B, A).
+    """ACER eqs. 9-10: g, the gradient with respect to the probabilities π, with an entropy bonus.
 
-        g_a = 1{a = a_t} min(c, ρ_a) (Q^ret - V) / π_a + [1 - c/ρ_a]₊ (Q_a - V) - β (log π_a + 1)
-
-    with ρ = π/μ and V = Σ_a π_a Q_a: truncated weights for the action taken, and what truncation leaves out as an
-    expectation under π. The factor π_a of that expectation cancels the 1/π_a of ∇ log π_a.
+    q_ret and actions are (…,), the others (…, A). Returns (…, A).
     """
-    values = (probs * q).sum(-1, keepdim=True)  # (B, 1)
-    rho, grad_log = probs / (mu + EPS), 1 / (probs + EPS)
-    taken = torch.nn.functional.one_hot(actions, probs.shape[-1])
-    truncated = taken * rho.clamp(max=trunc_c) * (q_ret[:, None] - values) * grad_log
-    correction = (1 - trunc_c / (rho + EPS)).clamp(min=0) * probs * (q - values) * grad_log
-    return truncated + correction - ent_coef * ((probs + EPS).log() + probs * grad_log)
+    g = truncated_gradient(probs, q, q_ret, actions, mu, trunc_c)
+    g = g + correction_gradient(probs, q, mu, trunc_c)
+    return g + ent_coef * entropy_gradient(probs)
 
 
 def kl_gradient(avg_probs: Tensor, probs: Tensor) -> Tensor:
-    """ACER section 3.3: k, the gradient of KL(π_a ‖ π) by the probabilities π: -π_a / π. (B, A) each -> (B, A)."""
+    """ACER section 3.3: k, the gradient of KL(π_a ‖ π) with respect to π: -π_a / π. (…, A) each."""
     return -avg_probs / (probs + EPS)
 
 
 def trust_region_step(g: Tensor, k: Tensor, delta: float) -> Tensor:
-    """ACER eqs. 11-12: z*, the nearest to g of all z with kᵀz ≤ δ, state by state. (B, A) each -> (B, A).
+    """ACER eqs. 11-12: z*, in each state the nearest to g of all z with kᵀz ≤ δ. (…, A) each.
 
     z* = g - max(0, (kᵀg - δ) / ‖k‖²) k
     """
     assert g.shape == k.shape
-    return g - ((k * g).sum(-1, keepdim=True) - delta).clamp(min=0) / k.square().sum(-1, keepdim=True) * k
+    excess = (k * g).sum(-1, keepdim=True) - delta
+    return g - (excess / k.square().sum(-1, keepdim=True)).clamp(min=0) * k
 
 
-def clip_global_norm(grads: tuple[Tensor, ...], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Engstrom section 3, item 9: g ← g · min(1, c / ‖g‖₂) for g, all the tensors as one flat vector; and ‖g‖₂."""
-    flat = torch.cat([g.flatten() for g in grads])
-    norm = flat.norm()
-    return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+def retrace(
+    rewards: Tensor,
+    q_taken: Tensor,
+    next_values: Tensor,
+    rho: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+) -> Tensor:
+    """ACER eq. 5, Retrace eq. 3 with λ = 1: the target Q^ret of Q(s_t, a_t).
 
+    Q^ret_t = r_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})) + γ V(s_{t+1}),  ρ̄ = min(1, ρ)
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
-
-
-def fast_tanh(x: Tensor) -> Tensor:
-    """tanh x, for large tensors as 2 σ(2x) - 1: on a CPU that takes PyTorch a quarter of its tanh's time.
-
-    Where its derivative follows and nothing fuses the parts, PyTorch's tanh is as fast or faster.
+    `rho` are the ratios π/μ of the actions taken. They are cut at 1. The paper prints min(c, ρ),
+    with the letter c of eq. 9, but means 1 here. `next_values[t]` is V of the state that action t
+    led to. A termination removes this V. A time limit keeps it, as V(final observation) (Pardo
+    eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
     """
-    eager_gradient = x.requires_grad and not torch.compiler.is_compiling()
-    return torch.tanh(x) if x.numel() < 4096 or eager_gradient else 2 * torch.sigmoid(2 * x) - 1
-
-
-class MLP(nn.Module):
-    """Fully connected network with these layer sizes and a linear output (Engstrom section 3, items 3 and 8)."""
-
-    def __init__(self, sizes: tuple[int, ...], args: Args, last_gain: float):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-        self.activation = fast_tanh if args.activation == "tanh" else torch.relu
-        for layer in self.layers if args.orthogonal_init else ():
-            nn.init.orthogonal_(layer.weight, last_gain if layer is self.layers[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:  # not layer(x), whose own cost shows when acting on few observations
-            x = self.activation(nn.functional.linear(x, layer.weight, layer.bias))
-        return nn.functional.linear(x, last.weight, last.bias)
-
-
-class NatureCNN(nn.Module):
-    """The network of DQN (Methods) up to the hidden layer, without its activation: (B, C, H, W) uint8 -> (B, H)."""
-
-    def __init__(self, obs_shape: tuple[int, ...], args: Args):
-        super().__init__()
-        (channels, *size), layers = obs_shape, []
-        for filters, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            layers.append(nn.Conv2d(channels, filters, kernel, stride))
-            channels, size = filters, [(x - kernel) // stride + 1 for x in size]
-        self.layers = nn.ModuleList([*layers, nn.Conv2d(channels, args.cnn_hidden, size)])  # fully connected
-        for layer in self.layers if args.orthogonal_init else ():
-            nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
-
-    def forward(self, obs: Tensor) -> Tensor:
-        *convolutions, last = self.layers
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255
-        for layer in convolutions:
-            x = torch.relu(layer(x))
-        return last(x).flatten(1)
-
-
-class Policy(nn.Module):
-    """π_θ(a|s) = softmax z_θ(s) and Q_θ(s, a): two trunks or one, each with a linear head."""
-
-    def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Discrete, args: Args):
-        super().__init__()
-        images, sizes = len(obs_shape) == 3, (*obs_shape, *args.hidden_sizes)
-        self.activation = torch.relu if images or args.activation == "relu" else fast_tanh
-        self.trunk = NatureCNN(obs_shape, args) if images else MLP(sizes, args, math.sqrt(2))
-        self.q_trunk = None if images or args.shared_trunk else MLP(sizes, args, math.sqrt(2))
-        width = args.cnn_hidden if images else args.hidden_sizes[-1]
-        self.policy_head, self.q_head = (MLP((width, int(action_space.n)), args, gain) for gain in (0.01, 1.0))
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw observations (B, …) -> π (B, A), Q (B, A)."""
-        x = self.activation(self.trunk(obs))
-        y = x if self.q_trunk is None else self.activation(self.q_trunk(obs))
-        return self.policy_head(x).softmax(-1), self.q_head(y)
-
-    @torch.inference_mode()
-    def act(self, obs: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-        """Raw observations (N, …), standard Gumbel noise (N, A) -> samples argmax log π + noise (N,), π (N, A)."""
-        probs, _ = self(obs)
-        return (probs.log() + noise).argmax(-1), probs
+    assert rewards.shape == q_taken.shape == next_values.shape == rho.shape
+    assert rewards.shape == terminated.shape == done.shape
+    rho = rho.clamp(max=1)
+    q_ret = []
+    beyond = torch.zeros_like(rewards[0])  # ρ̄_{t+1} (Q^ret_{t+1} - Q_{t+1})
+    for t in reversed(range(len(rewards))):
+        future = beyond * ~done[t] + next_values[t] * ~terminated[t]
+        q_ret.insert(0, rewards[t] + gamma * future)
+        beyond = rho[t] * (q_ret[0] - q_taken[t])
+    return torch.stack(q_ret)
 
 
 @torch.no_grad()
@@ -308,776 +344,1527 @@ def update_average(avg: nn.Module, net: nn.Module, decay: float) -> None:
         average.lerp_(param, 1 - decay)
 
 
-class RMSProp(nn.Module):
-    """RMSProp as TensorFlow 1 has it: v from 1, ε inside the root; θ ← θ - α g / √(v + ε). State in buffers.
+# ---- Networks ------------------------------------------------------------------------------------
 
-    The results that ACER is compared with were made so. torch.optim.RMSprop starts v at 0, with ε outside: for g = 0.01
-    its first step is a thousand times as long, where this one warms up over some hundred updates.
+
+def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequential:
+    """Fully connected tanh network with a linear output (Engstrom section 3, items 3 and 8)."""
+    linears = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = []
+    for linear in linears:
+        if orthogonal:
+            gain = last_gain if linear is linears[-1] else math.sqrt(2)
+            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def nature_cnn(
+    obs_shape: tuple[int, ...], hidden_sizes: tuple[int, ...], orthogonal: bool
+) -> nn.Sequential:
+    """Network of DQN (Methods) without its output layer. Takes (B, C, H, W)."""
+    channels, height, width = obs_shape
+    layers = []
+    for filters, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layers += [nn.Conv2d(channels, filters, kernel, stride), nn.ReLU()]
+        channels = filters
+        height = (height - kernel) // stride + 1
+        width = (width - kernel) // stride + 1
+    layers.append(nn.Flatten())
+    size = channels * height * width
+    for hidden_size in hidden_sizes:
+        layers += [nn.Linear(size, hidden_size), nn.ReLU()]
+        size = hidden_size
+    for layer in layers:
+        if orthogonal and isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # faster on CPU and GPU
+
+
+class ActorCritic(nn.Module):
+    """π_θ(a|s) = softmax z_θ(s) and Q_θ(s, a) of raw observations.
+
+    For images they are two heads of one network, for vectors they have a network each.
     """
 
-    def __init__(self, num_weights: int, args: Args):
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
         super().__init__()
-        self.decay, self.eps = args.rms_decay, args.rms_eps
-        self.register_buffer("lr", torch.tensor(args.learning_rate))  # α
+        self.obs_shape = obs_shape
+        self.images = len(obs_shape) == 3
+        hidden_sizes = args.hidden_sizes
+        orthogonal = args.orthogonal_init
+        if self.images:
+            self.trunk = nature_cnn(obs_shape, hidden_sizes, orthogonal)
+        else:
+            sizes = (*obs_shape, *hidden_sizes)
+            self.trunk = nn.Sequential(mlp(sizes, math.sqrt(2), orthogonal), nn.Tanh())
+            self.q_trunk = nn.Sequential(mlp(sizes, math.sqrt(2), orthogonal), nn.Tanh())
+        self.policy_head = mlp((hidden_sizes[-1], num_actions), 0.01, orthogonal)
+        self.q_head = mlp((hidden_sizes[-1], num_actions), 1.0, orthogonal)
+
+    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return π and Q, each (…, A), for raw observations (…, O)."""
+        if not isinstance(obs, Tensor):
+            obs = torch.from_numpy(np.array(obs))
+        assert obs.shape[-len(self.obs_shape) :] == self.obs_shape
+        weight = self.q_head[0].weight
+        x = obs.to(weight.device).to(weight.dtype)
+        if self.images:
+            x = x.reshape(-1, *self.obs_shape) / 255  # (B, C, H, W)
+            x = self.trunk(x.to(memory_format=torch.channels_last))
+            x = x.reshape(*obs.shape[:-3], -1)
+            return self.policy_head(x).softmax(-1), self.q_head(x)
+        return self.policy_head(self.trunk(x)).softmax(-1), self.q_head(self.q_trunk(x))
+
+    @torch.no_grad()
+    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
+        """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
+        probs, _ = self(obs)
+        return torch.multinomial(probs.cpu(), 1, generator=rng).squeeze(-1)
+
+    @torch.no_grad()
+    def act(
+        self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
+    ) -> np.ndarray:
+        """Return the most probable action or a sample for raw observations, one or a batch."""
+        if not deterministic:
+            return self.sample(obs, rng).numpy()
+        probs, _ = self(obs)
+        return probs.argmax(-1).cpu().numpy()
+
+
+# ---- Loss and update -----------------------------------------------------------------------------
+
+
+def acer_loss(
+    policy: ActorCritic,
+    average: ActorCritic | None,
+    batch: "Segment",
+    final_values: Tensor,
+    args: Args,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a loss whose gradient is that of ACER Algorithm 2, and metrics.
+
+    `final_values` (T, N) is V(final observation) of the truncated steps.
+    """
+    probs, q = policy(batch.obs)  # (T+1, N, A) each
+    values = (probs * q).sum(-1).detach()  # V, (T+1, N)
+    probs = probs[:-1]
+    q = q[:-1]
+    taken = batch.actions[..., None]
+    q_taken = q.gather(-1, taken).squeeze(-1)  # (T, N)
+
+    with torch.no_grad():
+        rho = (probs / (batch.mu + EPS)).gather(-1, taken).squeeze(-1)  # (T, N)
+        next_values = torch.where(batch.truncated, final_values, values[1:])
+        done = batch.terminated | batch.truncated
+        q_ret = retrace(
+            batch.rewards, q_taken, next_values, rho, batch.terminated, done, args.gamma
+        )
+        inputs = (probs, q, q_ret, batch.actions, batch.mu, args.trunc_c)
+        if args.bias_correction:
+            g = acer_gradient(*inputs, args.ent_coef)
+        else:
+            g = truncated_gradient(*inputs) + args.ent_coef * entropy_gradient(probs)
+        z = g
+        if args.trust_region:
+            avg_probs, _ = average(batch.obs[:-1])
+            z = trust_region_step(g, kl_gradient(avg_probs, probs), args.trust_region_delta)
+
+    policy_loss = -(z * probs).sum(-1).mean()  # z is constant, so the gradient is -(∂π/∂θ)ᵀ z
+    q_loss = 0.5 * (q_ret - q_taken).square().mean()
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": q_loss,
+        "entropy": -(probs * (probs + EPS).log()).sum(-1).mean(),
+        "explained_variance": 1 - (q_ret - q_taken).var() / q_ret.var(),
+        "mean_ratio": rho.mean(),
+        "truncated_ratios": (rho > args.trunc_c).float().mean(),
+        "cut_traces": (rho < 1 - 1e-4).float().mean(),
+    }
+    if args.trust_region:
+        log_ratio = (avg_probs + EPS).log() - (probs + EPS).log()
+        metrics["approx_kl"] = (avg_probs * log_ratio).sum(-1).mean()  # KL(π_a ‖ π)
+        metrics["adjusted_states"] = (z != g).any(-1).float().mean()
+    return policy_loss + args.q_coef * q_loss, metrics
+
+
+def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
+
+    g is the gradient of one network as one vector. Returns the clipped g (P,) and the norm before
+    clipping.
+    """
+    flat = torch.cat([g.flatten() for g in grads])
+    norm = flat.norm()
+    return flat * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+class RMSProp(nn.Module):
+    """RMSProp of TensorFlow 1 for P weights: v starts at 1, and ε is inside the root.
+
+    OpenAI baselines uses it. In torch.optim.RMSprop v starts at 0 and ε is outside. For g = 0.01
+    its first step is a thousand times as long.
+    """
+
+    def __init__(self, num_weights: int, decay: float = 0.99, eps: float = 1e-5):
+        super().__init__()
+        self.decay = decay
+        self.eps = eps
+        self.register_buffer("lr", torch.tensor(0.0))  # η
         self.register_buffer("v", torch.ones(num_weights))
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grad: Tensor) -> None:
-        """v ← d v + (1 - d) g², then the step. `grad` (P,) is that of all `params`."""
+        """Take one step against `grad` (P,), the gradient of a loss. `params` hold P weights.
+
+        v ← d v + (1 - d) g²
+        θ ← θ - η g / √(v + ε)
+        """
         self.v.lerp_(grad.square(), 1 - self.decay)
-        change = self.lr * grad * (self.v + self.eps).rsqrt()
-        for param, part in zip(params, change.split([param.numel() for param in params]), strict=True):
+        change = self.lr * grad / (self.v + self.eps).sqrt()
+        sizes = [param.numel() for param in params]
+        for param, part in zip(params, change.split(sizes), strict=True):
             param -= part.view_as(param)
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
+def minibatch_step(
+    policy: ActorCritic,
+    average: ActorCritic | None,
+    rmsprop: RMSProp,
+    batch: "Segment",
+    final_values: Tensor,
+    args: Args,
+) -> dict[str, Tensor]:
+    """Take one step of RMSProp on the loss of one batch, then one of θ_a, and return metrics."""
+    loss, metrics = acer_loss(policy, average, batch, final_values, args)
+    params = list(policy.parameters())
+    grads = torch.autograd.grad(loss, params)
+    grad, grad_norm = clip_global_norm(grads, args.max_grad_norm)
+    rmsprop.step(params, grad)
+    if args.trust_region:
+        update_average(average, policy, args.avg_decay)
+    metrics["grad_norm"] = grad_norm
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def update(
+    policy: ActorCritic,
+    average: ActorCritic | None,
+    rmsprop: RMSProp,
+    train_step: Callable,
+    replay: "Replay",
+    rng: torch.Generator,
+    args: Args,
+) -> dict[str, float]:
+    """ACER Algorithm 1: a call on the newest segments, then n ~ Poisson(r) on segments from replay.
+
+    `train_step` is minibatch_step, compiled or not. Returns the metrics of the on-policy call and,
+    with the prefix replay_, the means over those from replay, NaN if there were none.
+    """
+    calls = []
+    num_replays = 0
+    if replay.count * args.num_steps >= args.replay_start:
+        num_replays = int(torch.poisson(torch.tensor(float(args.replay_ratio)), generator=rng))
+    for i in range(1 + num_replays):
+        batch = replay.newest() if i == 0 else replay.sample(rng)
+        final_values = torch.zeros(batch.rewards.shape)
+        for t, n, obs in batch.finals:
+            with torch.no_grad():
+                probs, q = policy(obs)
+            final_values[t, n] = (probs * q).sum()
+        device = rmsprop.v.device
+        *tensors, _ = batch
+        batch = Segment(*[x.to(device) for x in tensors], finals=[])
+        inputs = (batch, final_values.to(device), args)
+        calls.append(train_step(policy, average, rmsprop, *inputs))
+
+    metrics = {}
+    for name, value in calls[0].items():
+        metrics[name] = value.item()
+        replayed = [call[name].item() for call in calls[1:]]
+        metrics[f"replay_{name}"] = mean_or_nan(replayed)
+    metrics["replay_updates"] = float(num_replays)
+    metrics["learning_rate"] = rmsprop.lr.item()
+    return metrics
+
+
+# ---- Environments and rollout --------------------------------------------------------------------
 
 
 class Envs:
-    """N Gymnasium environments stepped in turn; `obs` (N, O) is what to act on next.
+    """N Gymnasium environments, stepped one after another.
 
-    `ended` collects (return, length) of the episodes that end, from raw rewards. `rng_states[i]` is environment i's
-    random state before the reset that began its current episode: resuming from it replays that reset.
+    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
+    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
+    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    raise InputError if an environment returns something else than Gymnasium asks for.
     """
 
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list[dict] | None = None):
-        self.envs, self.ended, self.sums = envs, [], np.zeros((2, len(envs)))  # return and length so far
-        for env, env_seed in zip(envs, np.random.SeedSequence(seed).generate_state(len(envs)).tolist(), strict=True):
-            env.reset(seed=env_seed)
-        self.rng_states = rng_states or [env.np_random.bit_generator.state for env in envs]
-        for env, state in zip(envs, self.rng_states, strict=True):
-            env.np_random.bit_generator.state = state
-        self.obs = np.stack([env.reset()[0] for env in envs]).astype(np.float32)  # (N, O)
+    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+        self.envs = envs
+        self.action_space = envs[0].action_space
+        space = envs[0].observation_space
+        self.obs = np.zeros((len(envs), *space.shape), space.dtype)
+        self.spaces = describe_spaces(space, self.action_space)
+        self.fps = envs[0].metadata.get("render_fps") or 30
+        self.episodes = deque(maxlen=100)
+        self.returns = np.zeros(len(envs))
+        self.lengths = np.zeros(len(envs), int)
+        self.rng_states = rng_states or [None] * len(envs)
+        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
+        for i, env in enumerate(envs):
+            env.reset(seed=int(seeds[i]))  # only to seed env.np_random
+            if self.rng_states[i] is not None:
+                env.np_random.bit_generator.state = self.rng_states[i]
+            self.reset(i)
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N, A) -> next_obs (N, O), rewards, terminated, truncated (N,), obs (N, O).
+    def reset(self, i: int) -> None:
+        """Start an episode of environment i."""
+        env = self.envs[i]
+        if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
+            self.rng_states[i] = to_python(env.np_random.bit_generator.state)
+        self.returns[i] = 0
+        self.lengths[i] = 0
+        result = env.reset()
+        try:
+            obs, _ = result
+            self.obs[i] = self.checked(obs)
+        except (TypeError, ValueError) as error:
+            raise self.wrong_result(i, result) from error
 
-        `next_obs` are the true successors, final observations included; `obs` is what to act on next.
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N,), and start an episode where one ends.
+
+        Returns next_obs (N, O), rewards, terminated and truncated, each (N,). next_obs[i] is the
+        true successor. At the end of an episode it is the final observation.
         """
-        next_obs, rewards = np.empty_like(self.obs), np.empty(len(self.envs))
-        terminated, truncated = np.empty((2, len(self.envs)), bool)
+        next_obs = np.empty_like(self.obs)
+        rewards = np.empty(len(self.envs))
+        terminated = np.empty(len(self.envs), bool)
+        truncated = np.empty(len(self.envs), bool)
+        self.lengths += 1
         for i, env in enumerate(self.envs):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
+            result = env.step(actions[i])
+            try:
+                obs, reward, terminated[i], truncated[i], _ = result
+                rewards[i] = float(reward)
+                next_obs[i] = self.checked(obs)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
-        self.sums[0] += rewards
-        self.sums[1] += 1
+        self.returns += rewards
         for i in np.flatnonzero(terminated | truncated):
-            self.ended.append(tuple(self.sums[:, i].tolist()))
-            self.sums[:, i] = 0
-            self.rng_states[i] = self.envs[i].np_random.bit_generator.state
-            self.obs[i], _ = self.envs[i].reset()
-        return next_obs, rewards, terminated, truncated, self.obs
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.reset(i)
+        return next_obs, rewards, terminated, truncated
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """Return one observation. Raises ValueError if it would be broadcast or truncated."""
+        obs = np.asarray(obs)
+        truncates = obs.dtype.kind == "f" and self.obs.dtype.kind != "f"
+        if obs.shape != self.obs.shape[1:] or truncates:
+            raise ValueError
+        return obs
+
+    def wrong_result(self, i: int, result: object) -> InputError:
+        """Return the error for environment i, which returned `result`."""
+        parts = result if isinstance(result, tuple) else [result]
+        types = [f"{getattr(x, 'dtype', type(x).__name__)}{getattr(x, 'shape', '')}" for x in parts]
+        expected = f"an observation of type {self.obs.dtype} and shape {self.obs.shape[1:]}"
+        expected += ", a number, two booleans and a dict" if self.lengths[i] else " and a dict"
+        place = f"environment {i}, step {self.lengths[i]} of its episode"
+        return InputError(f"{place}: it returned {', '.join(types)}, but must return {expected}")
+
+    def render(self) -> np.ndarray:
+        """Return a picture of the first environment (H, W, 3)."""
+        return self.envs[0].render()
+
+    def close(self) -> None:
+        close_all(self.envs)
+
+
+def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Discrete) -> dict:
+    """Return what a checkpoint keeps of the spaces."""
+    return {"obs_shape": obs.shape, "num_actions": int(actions.n)}
 
 
 class AtariEnvs:
-    """N games in ALE's own vector environment, with `step` and `ended` of Envs.
+    """N games in ALE's vector environment, with the attributes and methods of Envs.
 
-    `terminated` may be a lost life (life_loss_info), after which the game goes on; `ended` counts whole games.
+    An observation is the last four frames in gray, 84 x 84 pixels. An action is repeated for four
+    frames, and a pixel is the maximum over the last two (DQN Methods). A game begins with up to 30
+    no-ops. With `life_loss`, `terminated` is also True for a lost life, after which the game goes
+    on. `episodes` holds whole games.
     """
 
-    def __init__(self, game: str, num_envs: int, seed: int | tuple[int, ...], color: bool, **kwargs):
+    def __init__(
+        self,
+        game: str,
+        num_envs: int,
+        seed: int,
+        rng_states: list | None,
+        life_loss: bool,
+        repeat_action_probability: float,
+        color: bool,
+    ):
         import ale_py
 
         make = partial(
-            ale_py.AtariVectorEnv, game, autoreset_mode="SameStep", maxpool=True, reward_clipping=False,
-            episodic_life=False, **kwargs,
-        )  # fmt: skip  # episodic_life would start a new game after each lost life
-        self.ale = make(num_envs=num_envs, img_height=84, img_width=84, grayscale=True)
-        self.twin = make(num_envs=1, stack_num=1, img_height=210, img_width=160, grayscale=False) if color else None
-        self.action_space, self.metadata = self.ale.single_action_space, {"render_fps": 60 / kwargs.get("frameskip", 4)}
-        self.observation_space, self.rng_states = self.ale.single_observation_space, None
-        self.envs, self.ended, self.sums = [self] * num_envs, [], np.zeros((2, num_envs))  # return and length so far
-        seeds = (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int32)
-        self.obs, info = self.ale.reset(seed=seeds)  # (N, 4, 84, 84)
-        self.frames, self.picture = info["episode_frame_number"], self.twin and self.twin.reset(seed=seeds[:1])[0]
-        self.lives, self.lost = info["lives"], np.zeros(num_envs, bool)  # lost: a life, in the last step
-        self.fire = kwargs.get("use_fire_reset", True) and self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
+            ale_py.AtariVectorEnv,
+            game,
+            autoreset_mode="SameStep",
+            frameskip=FRAME_SKIP,
+            max_num_frames_per_episode=MAX_FRAMES,
+            reward_clipping=False,
+            life_loss_info=life_loss,
+            repeat_action_probability=repeat_action_probability,
+        )
+        self.ale = make(num_envs, stack_num=FRAME_STACK)
+        self.action_space = self.ale.single_action_space
+        self.spaces = describe_spaces(self.ale.single_observation_space, self.action_space)
+        self.fps = 60 / FRAME_SKIP
+        self.episodes = deque(maxlen=100)
+        self.returns = np.zeros(num_envs)
+        self.lengths = np.zeros(num_envs, int)
+        # ALE's random states can't be saved. The number of steps so far gives a resumed run others
+        self.rng_states = rng_states or [0]
+        seeds = np.random.SeedSequence((seed, *self.rng_states)).generate_state(num_envs)
+        seeds = (seeds >> 1).astype(np.int32)
+        self.obs, info = self.ale.reset(seed=seeds)
+        self.frames = info["episode_frame_number"]
+        self.lives = info["lives"]
+        self.lost_life = np.zeros(num_envs, bool)
+        self.has_fire = self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
+        self.twin = None  # the first game once more, in color: same seed, same actions
+        if color:
+            self.twin = make(1, stack_num=1, grayscale=False, img_height=210, img_width=160)
+            self.picture, _ = self.twin.reset(seed=seeds[:1])
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Actions (N,) -> next_obs (N, C, H, W), rewards, terminated, truncated (N,), obs (N, C, H, W)."""
-        actions = np.where(self.fire & self.lost, 1, actions)  # a life begins with fire, whatever the policy chose
-        self.obs, rewards, terminated, truncated, info = self.ale.step(actions)
-        self.picture = self.twin and self.twin.step(actions[:1])[0]  # same seed, same actions: the same game
-        over = truncated | (info["episode_frame_number"] < self.frames)  # frame numbers fall where a game starts anew
-        self.frames, self.lives, self.lost = info["episode_frame_number"], info["lives"], info["lives"] < self.lives
-        self.sums += rewards, np.ones_like(rewards)
-        self.ended.extend(map(tuple, self.sums[:, over].T.tolist()))
-        self.sums[:, over] = 0
-        next_obs = np.where(over[:, None, None, None], info["final_obs"], self.obs) if over.any() else self.obs
-        return next_obs, rewards, terminated, truncated, self.obs
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N,), and start a game where one ends. See Envs.step."""
+        actions = np.where(self.has_fire & self.lost_life, 1, actions)
+        obs, rewards, terminated, truncated, info = self.ale.step(actions)
+        if self.twin is not None:
+            self.picture, *_ = self.twin.step(actions[:1])
+        frames = info["episode_frame_number"]
+        # A new game counts its frames from 0, after at most 30 no-ops
+        over = truncated | (frames < self.frames)
+        self.frames = frames
+        self.lost_life = info["lives"] < self.lives
+        self.lives = info["lives"]
+        self.obs = obs
+        self.returns += rewards
+        self.lengths += 1
+        self.rng_states = [self.rng_states[0] + 1]
+        next_obs = obs
+        if over.any():
+            next_obs = np.where(over[:, None, None, None], info["final_obs"], obs)
+        for i in np.flatnonzero(over):
+            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+            self.returns[i] = 0
+            self.lengths[i] = 0
+        return next_obs, rewards.astype(float), terminated, truncated
 
     def render(self) -> np.ndarray:
-        """Color picture (210, 160, 3) of the first game."""
+        """Return a color picture of the first game (210, 160, 3)."""
         return self.picture[0, -1]
 
-
-def make_envs(
-    env_id: str, num_envs: int, seed: int, rng_states: list[dict] | None = None, ale: dict | None = None, **kwargs
-) -> Envs | AtariEnvs:
-    """`num_envs` ALE games, with the arguments `ale`, or environments of vectors or images, and discrete actions.
-
-    Raises InputError for any other.
-    """
-    with suppress(ImportError):
-        import ale_py  # noqa: F401  its games register themselves
-    spec = gym.registry.get(env_id)
-    if spec and "game" in spec.kwargs:
-        return AtariEnvs(spec.kwargs["game"], num_envs, seed, "render_mode" in kwargs, **(ale or {}))
-    try:
-        envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {env_id}: {str(error).splitlines()[0]}") from error
-    check_spaces(envs[0], env_id)
-    envs = Envs(envs, seed, rng_states)
-    envs.obs = envs.obs.astype(np.uint8 if envs.obs.ndim > 2 else np.float32)  # and so all that `step` returns
-    return envs
-
-
-# ---- Rollout ---------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        close_all([self.ale] if self.twin is None else [self.ale, self.twin])
 
 
 class Segment(NamedTuple):
-    """T steps in each of N environments under the policy μ of their time."""
+    """T steps in each of N environments, under the policy μ of their time."""
 
-    obs: Tensor  # (T+1, N, …)  s_0 to s_T; after an episode's end, of the next one
+    obs: Tensor  # (T+1, N, O)  s_0 to s_T, after the end of an episode that of the next one
     actions: Tensor  # (T, N)
     mu: Tensor  # (T, N, A)  μ(·|s_t)
     rewards: Tensor  # (T, N)
     terminated: Tensor  # (T, N)
-    truncated: Tensor  # (T, N)
+    truncated: Tensor  # (T, N)  and not terminated
     resets: Tensor  # (T, N)  a new episode began after this step
-    finals: list  # [(t, n, final observation)] of the truncated steps
+    finals: list  # (t, n, final observation) of the truncated steps
+
+
+def collect(envs: Envs, policy: ActorCritic, rng: torch.Generator, num_steps: int) -> Segment:
+    """Run the policy for T steps in each environment."""
+    observations = [torch.from_numpy(envs.obs)]
+    steps = []
+    finals = []
+    for t in range(num_steps):
+        actions = policy.sample(envs.obs, rng).numpy()
+        next_obs, rewards, terminated, truncated = envs.step(actions)
+        truncated = truncated & ~terminated
+        steps.append((actions, rewards, terminated, truncated, envs.lengths == 0))
+        for n in np.flatnonzero(truncated):
+            finals.append((t, int(n), torch.from_numpy(next_obs[n].copy())))
+        observations.append(torch.from_numpy(envs.obs))
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*steps, strict=True)]
+    actions, rewards, *flags = columns
+    obs = torch.stack(observations)
+    if obs.dtype != torch.uint8:
+        obs = obs.float()
+    with torch.no_grad():
+        mu, _ = policy(obs[:-1])
+    return Segment(obs, actions, mu.cpu(), rewards.float(), *flags, finals)
+
+
+def stack_frames(frames: Tensor, resets: Tensor) -> Tensor:
+    """Return observations of S frames each (T+1, N, S, H, W), from frames stored once.
+
+    frames (S+T, N, H, W): the S frames of the first observation, then the newest of each later one.
+    resets (T, N): a new episode began after step t. An observation shows only frames of its own
+    episode. ALE sets older ones to 0. Example: S = 3, T = 3, frames a b c d e f and
+    resets = [False, True, False] give
+
+    s_0 = a b c
+    s_1 = b c d
+    s_2 = 0 0 e    resets[1]: e begins a new episode
+    s_3 = 0 e f
+    """
+    num_steps = len(resets)
+    size = len(frames) - num_steps
+    before = torch.zeros(size, *resets.shape[1:], dtype=int)
+    episode = torch.cat([before, resets.cumsum(0)])  # number of the episode of each frame
+    observations = []
+    for t in range(num_steps + 1):
+        window = slice(t, t + size)
+        same = episode[window] == episode[t + size - 1]  # (S, N)
+        stack = frames[window] * same[..., None, None]
+        observations.append(stack.transpose(0, 1))
+    return torch.stack(observations)
 
 
 class Replay:
-    """The last segments of each environment in a ring, every frame of an image stack stored once (ACER section 3)."""
+    """The last segments of each environment (ACER section 3).
 
-    def __init__(self, obs: np.ndarray, num_actions: int, stack: int, args: Args):
-        self.stack, (num_envs, *shape), steps = stack, obs.shape, args.num_steps
-        slots = max(1, args.replay_capacity // steps) if args.replay_ratio else 1
-        shape = shape[1:] if stack > 1 else shape
-        frames = ((stack + steps, *shape), torch.uint8 if obs.dtype == np.uint8 else torch.float32)
-        sizes = {"frames": frames, "actions": ((steps,), torch.int64), "mu": ((steps, num_actions), torch.float32)}
-        sizes |= dict.fromkeys(("terminated", "truncated", "resets"), ((steps,), torch.bool))
-        sizes["rewards"] = ((steps,), torch.float32)
-        self.memory = allocate({name: ((slots, num_envs, *s), dtype) for name, (s, dtype) in sizes.items()}, args)
-        self.finals, self.slots, self.count = {}, slots, 0  # finals of each slot; segments stored so far
+    If `stacked`, observations are stacks of frames, and each frame is stored once.
+    """
+
+    def __init__(self, slots: int, stacked: bool):
+        self.slots = slots
+        self.stacked = stacked
+        self.count = 0  # segments of each environment so far
+        self.memory = {}  # name of a field of Segment: its values in all slots (slots, T, N, …)
+        self.finals = {}  # slot: finals of its segment
 
     def add(self, segment: Segment) -> None:
-        """Store a segment, over the oldest once the ring is full."""
-        slot, obs = self.count % self.slots, segment.obs.transpose(0, 1)  # (N, T+1, …)
-        self.memory["frames"][slot] = torch.cat([obs[:, 0], obs[:, 1:, -1]], 1) if self.stack > 1 else obs
-        for name in self.memory.keys() - {"frames"}:
-            self.memory[name][slot] = getattr(segment, name).transpose(0, 1)
-        self.finals[slot] = segment.finals
+        """Store a segment of each environment, in place of the oldest once the memory is full."""
+        slot = self.count % self.slots
+        values = segment._asdict()
+        self.finals[slot] = values.pop("finals")
+        if self.stacked:
+            values["obs"] = torch.cat([segment.obs[0].transpose(0, 1), segment.obs[1:, :, -1]])
+        for name, value in values.items():
+            if name not in self.memory:
+                self.memory[name] = self.allocate(value)
+            self.memory[name][slot] = value
         self.count += 1
 
-    def batch(self, slots: Tensor) -> Segment:
-        """Segment slots[n] of environment n, for each n (N,), in the form in which it was added."""
-        rest = {name: x[slots, torch.arange(len(slots))].transpose(0, 1) for name, x in self.memory.items()}
-        frames = rest.pop("frames").transpose(0, 1)  # (N, stack+T, …)
-        if self.stack > 1:  # stacks of frames, but those of another episode than the newest, which are zero in ALE
-            episode = nn.functional.pad(rest["resets"].cumsum(0), (0, 0, self.stack, 0)).T  # (N, stack+T) of each frame
-            episode, frames = episode.unfold(1, self.stack, 1), frames.unfold(1, self.stack, 1).movedim(-1, 2)
-            frames = frames * (episode == episode[..., -1:])[..., None, None]  # (N, T+1, stack, H, W)
-        finals = [f for n, slot in enumerate(slots.tolist()) for f in self.finals[slot] if f[1] == n]
-        return Segment(frames.transpose(0, 1), **rest, finals=finals)
+    def allocate(self, value: Tensor) -> Tensor:
+        """Return zeros for a value of each slot. Raises InputError if they do not fit."""
+        try:
+            return torch.zeros(self.slots, *value.shape, dtype=value.dtype)
+        except RuntimeError as error:
+            why = "the replay memory does not fit: lower --replay-capacity or --num-envs"
+            raise InputError(why) from error
+
+    def newest(self) -> Segment:
+        """Return the newest segment of each environment."""
+        num_envs = self.memory["rewards"].shape[2]
+        return self.take(torch.full((num_envs,), (self.count - 1) % self.slots))
+
+    def sample(self, rng: torch.Generator) -> Segment:
+        """Return a random segment of each environment. Environments draw apart from each other."""
+        num_envs = self.memory["rewards"].shape[2]
+        stored = min(self.count, self.slots)
+        return self.take(torch.randint(stored, (num_envs,), generator=rng))
+
+    def take(self, slots: Tensor) -> Segment:
+        """Return the segment slots[n] of each environment n."""
+        values = {}
+        for name, x in self.memory.items():
+            columns = [x[slot, :, n] for n, slot in enumerate(slots.tolist())]
+            values[name] = torch.stack(columns, 1)  # (T, N, …)
+        if self.stacked:
+            values["obs"] = stack_frames(values["obs"], values["resets"])
+        finals = []
+        for n, slot in enumerate(slots.tolist()):
+            finals += [final for final in self.finals[slot] if final[1] == n]
+        return Segment(**values, finals=finals)
 
 
-def gumbel_noise(rng: torch.Generator, *shape: int) -> Tensor:
-    """-log E, E ~ Exp(1): argmax z + noise is a sample of softmax z, from random numbers drawn ahead and on the CPU."""
-    return -torch.empty(shape).exponential_(generator=rng).log()
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    rng_states: list | None = None,
+    life_loss: bool = False,
+    repeat_action_probability: float = 0.0,
+    **kwargs,
+) -> Envs | AtariEnvs:
+    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError.
 
-
-def collect(
-    envs: Envs | AtariEnvs, policy: Policy, rng: torch.Generator, num_steps: int, device: torch.device
-) -> Segment:
-    """Run the policy for T steps in each of N environments."""
-    noise = gumbel_noise(rng, num_steps, len(envs.envs), envs.envs[0].action_space.n).to(device)  # (T, N, A)
-    observations, samples, steps, finals = [envs.obs], [], [], []
-    for t, noise_t in enumerate(noise):
-        samples.append(policy.act(torch.from_numpy(envs.obs).to(device), noise_t))
-        next_obs, rewards, terminated, truncated, obs = envs.step(samples[-1][0].cpu().numpy())
-        finals += [(t, n, torch.from_numpy(next_obs[n])) for n in np.flatnonzero(truncated & ~terminated).tolist()]
-        steps.append((rewards.astype(np.float32), terminated, truncated & ~terminated, envs.sums[1] == 0))
-        observations.append(obs)
-    actions, mu = (torch.stack(x).cpu() for x in zip(*samples, strict=True))
-    rest = (torch.from_numpy(np.stack(x)) for x in zip(*steps, strict=True))
-    return Segment(torch.from_numpy(np.stack(observations)), actions, mu, *rest, finals)
-
-
-# ---- Update ----------------------------------------------------------------------------------------------------------
-
-
-LOSSES = (
-    *("policy_loss", "correction_loss", "value_loss", "entropy", "approx_kl", "explained_variance", "grad_norm"),
-    *("adjusted_states", "adjustment", "mean_ratio", "largest_ratio", "truncated_ratios", "cut_traces"),
-)
-
-
-def minibatch_gradient(
-    policy: Policy, average: Policy, batch: Segment, final_values: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Clipped gradient of one call of ACER, to descend, as one vector; the figures of LOSSES. final_values (T, N)."""
-    probs, q = (x.unflatten(0, batch.obs.shape[:2]) for x in policy(batch.obs.flatten(0, 1)))  # (T+1, N, A)
-    values = (probs * q).sum(-1).detach()  # (T+1, N)
-    pi, taken = probs[:-1], batch.actions[..., None]  # (T, N, A), (T, N, 1)
-    q_taken = q[:-1].gather(-1, taken)[..., 0]  # (T, N)
-    with torch.no_grad():
-        rho = (pi / (batch.mu + EPS)).gather(-1, taken)[..., 0]  # (T, N)
-        next_values, done = torch.where(batch.truncated, final_values, values[1:]), batch.terminated | batch.truncated
-        q_ret = retrace(batch.rewards, q_taken, next_values, rho, batch.terminated, done, args.gamma)  # (T, N)
-        q_actor = q[:-1] if args.bias_correction else values[:-1, :, None].expand_as(pi)  # Q = V: nothing to correct
-        tensors = [x.flatten(0, 1) for x in (pi, q_actor, q_ret, batch.actions, batch.mu)]
-        g = acer_gradient(*tensors, args.trunc_c, args.ent_coef)  # (B, A)
-        avg, _ = average(batch.obs[:-1].flatten(0, 1))  # (B, A)
-        z = trust_region_step(g, kl_gradient(avg, tensors[0]), args.trust_region_delta) if args.trust_region else g
-    surrogate = (z * pi.flatten(0, 1)).sum(-1).mean()  # its gradient is (∂π/∂θ)ᵀ z
-    loss = -surrogate + args.q_coef * 0.5 * (q_ret - q_taken).square().mean()
-    grad, norm = clip_global_norm(torch.autograd.grad(loss, list(policy.parameters())), args.max_grad_norm)
-
-    return grad, diagnostics(batch, probs, q_actor, values, q_ret, q_taken, avg, g, z, norm, args)
-
-
-def minibatch_step(
-    policy: Policy, average: Policy, rmsprop: RMSProp, batch: Segment, final_values: Tensor, args: Args
-) -> Tensor:
-    """One call of ACER: a step of RMSProp, then of the average policy; the figures of LOSSES."""
-    grad, figures = minibatch_gradient(policy, average, batch, final_values, args)
-    rmsprop.step(list(policy.parameters()), grad)
-    update_average(average, policy, args.avg_decay)
-    return figures
-
-
-def update(
-    policy: Policy, average: Policy, rmsprop: RMSProp, step: Callable, replay: Replay, rng: torch.Generator, args: Args
-) -> dict[str, float]:
-    """ACER section 3: a call on the newest segments, then n ~ Poisson(r) on segments from replay, one of each column.
-
-    `step` is minibatch_step, compiled or not. -> figures of the on-policy call, and means of those from replay.
+    `life_loss` and `repeat_action_probability` are for games of ALE only.
     """
-    device, stored, calls = rmsprop.v.device, min(replay.count, replay.slots), []
-    slots = torch.full((args.num_envs,), (replay.count - 1) % replay.slots)
-    rate = torch.tensor(args.replay_ratio if stored * args.num_steps >= args.replay_start else 0.0)
-    replays = int(torch.poisson(rate, generator=rng))
-    for _ in range(1 + replays):
-        batch = replay.batch(slots)
-        finals, final_values = batch.finals, torch.zeros(batch.rewards.shape)  # (T, N)
-        if finals:  # V of them under the policy as it is
-            t, n, obs = zip(*finals, strict=True)
-            with torch.no_grad():
-                probs, q = policy(torch.stack(obs).to(device))
-            final_values[t, n] = (probs * q).sum(-1).cpu()
-        batch = Segment(*(x.to(device, non_blocking=True) for x in batch[:-1]), finals=[])
-        calls.append(step(policy, average, rmsprop, batch, final_values.to(device), args).clone())
-        slots = torch.randint(stored, (args.num_envs,), generator=rng)
-    means = torch.stack(calls[1:]).mean(0) if replays else torch.full((len(LOSSES),), math.nan)
-    stats = dict(zip(LOSSES, calls[0].tolist(), strict=True)) | {"replay_updates": float(replays)}
-    return stats | {f"replay_{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
+    with suppress(ImportError):
+        import ale_py  # noqa: F401  registers its games
+    with suppress(Exception):
+        import mujoco
+
+        mujoco.set_mju_user_warning(mujoco_warning)
+    if env_id.count(":") > 1 or env_id.startswith(":"):
+        raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
+    envs = []
+    try:
+        spec = gym.registry.get(env_id.split(":")[-1])
+        if spec is not None and spec.entry_point == ALE:
+            return AtariEnvs(
+                spec.kwargs["game"],
+                num_envs,
+                seed,
+                rng_states,
+                life_loss,
+                repeat_action_probability,
+                color="render_mode" in kwargs,
+            )
+        for _ in range(num_envs):
+            envs.append(gym.make(env_id, **kwargs))
+            check_spaces(envs[-1], env_id)
+        return Envs(envs, seed, rng_states)
+    except BaseException as error:
+        close_all(envs)
+        if isinstance(error, gym.error.Error | ImportError):
+            raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
+        raise
 
 
-# ---- Train -----------------------------------------------------------------------------------------------------------
+def observes_images(env_id: str) -> bool:
+    """Whether observations are images, not vectors. Makes one environment. Raises InputError."""
+    with closing(make_envs(env_id, 1, seed=0)) as envs:
+        return envs.obs.ndim == 4
 
 
-def train(args: Args) -> dict:
-    """ACER section 3 from the first iteration, or a checkpoint's, to the last, then evaluation.
+def mujoco_warning(text: str) -> None:
+    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    if "settotalmass" not in text:
+        print(text, file=sys.stderr)
 
-    Returns steps, episodic_return (mean raw score of the last 100 training episodes), eval_return (mean of the
-    deterministic evaluation), checkpoint, run_dir, and signal (that ended it early). Sets for the process PyTorch's
-    seed, for vectors its thread count, for images what glibc does with freed memory. Raises InputError for bad input,
-    FloatingPointError for NaN or infinity. With `args.resume`, weights and progress come from the checkpoint, all else
-    from `args`: start from `Args(**load_checkpoint(path)["args"])`.
+
+def check_spaces(env: gym.Env, env_id: str) -> None:
+    """Raise InputError unless observations are vectors or images and actions are discrete."""
+    obs = env.observation_space
+    actions = env.action_space
+    box = isinstance(obs, gym.spaces.Box)
+    vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8
+    large = images and min(obs.shape[1:]) >= 36  # for the convolutions
+    discrete = isinstance(actions, gym.spaces.Discrete)
+    if discrete and actions.start == 0 and (vectors or large):
+        return
+    space = obs if discrete and actions.start == 0 else actions
+    hint = "No script here takes it"
+    if discrete and actions.start != 0:
+        hint = "Shift the actions with the wrapper TransformAction"
+    elif discrete and env.spec is not None and env.spec.entry_point == ALE:
+        hint = f"Write the version: --env-id {env.spec.id}"
+    elif discrete and box and len(obs.shape) == 3:
+        hint = "Turn its images into such with the wrapper TransformObservation"
+    elif discrete:
+        hint = "Wrap it in FlattenObservation"
+    elif isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+        hint = "ppo_continuous.py takes continuous actions"
+    needs = "this script needs discrete actions from 0 and a flat Box of observations or uint8"
+    needs += " images (C, H, W) of 36 x 36 pixels or more"
+    raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
+
+
+def close_all(envs: list[gym.Env]) -> None:
+    """Close every environment. A failure is only a warning, so that nothing else is lost."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception as error:
+            warnings.warn(f"an environment failed to close: {error!r}", stacklevel=2)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def to_python(value: object) -> object:
+    """Convert NumPy and PyTorch values to Python's, and paths to strings, also in containers."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind in (bool, int, float, str):  # and their subclasses
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict):
+        return {key: to_python(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_python(x) for x in value)
+    return value
+
+
+def check_finite(iteration: int, **quantities: Tensor) -> None:
+    """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
+    for name, values in quantities.items():
+        if not values.isfinite().all():
+            raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
+
+
+def check_segment(segment: Segment, iteration: int) -> None:
+    """Raise NonFiniteError for observations or rewards that can't be trained on."""
+    finals = [obs.flatten() for _, _, obs in segment.finals]
+    obs = torch.cat([segment.obs.flatten(), *finals])
+    check_finite(iteration, observations=obs, rewards=segment.rewards)
+    if obs.max() > HUGE or obs.min() < -HUGE:
+        raise NonFiniteError(f"observations beyond {HUGE:g}, iteration {iteration}")
+
+
+def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
+    """Raise NonFiniteError for losses or weights that training can't go on with."""
+    losses = torch.tensor([metrics["policy_loss"], metrics["value_loss"]])
+    weights = torch.cat([param.detach().flatten() for param in params])
+    check_finite(iteration, losses=losses, parameters=weights)
+
+
+# ---- Algorithm -----------------------------------------------------------------------------------
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """Return the mean, or NaN if there are no values."""
+    return float(np.mean(values)) if values else math.nan
+
+
+STREAMS = ("weights", "exploration", "minibatches", "environments", "evaluation")
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Return the seed of one of the random streams of a run. The streams differ."""
+    sequence = np.random.SeedSequence((seed, STREAMS.index(stream)))
+    return int(sequence.generate_state(1)[0])
+
+
+def line(first: float, last: float, fraction: float) -> float:
+    """Return the value on a straight line from `first` (fraction 0) to `last` (fraction 1)."""
+    return (1 - fraction) * first + fraction * last
+
+
+def acer(
+    args: Args,
+    state: dict | None = None,
+    compile_step: Callable[[Callable], Callable] = lambda step: step,
+) -> Iterator[dict[str, float]]:
+    """ACER Algorithm 1. Yields the metrics of each iteration.
+
+    If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
+    complete checkpoint with the keys policy, rmsprop, exploration, minibatches, step, episodes,
+    env_rng_states and spaces, average with a trust region, and replay with `args.save_replay`.
+    `compile_step` gets minibatch_step and returns what to use in its place. Seeds PyTorch's global
+    generator. Raises InputError for an environment that does not fit, NonFiniteError for NaN or
+    infinity.
     """
-    check_args(args)
-    check_replay_args(args)
-    saved = load_checkpoint(args.resume, args, FIXED_ON_RESUME) if args.resume else {}
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed + 2**32)  # another stream than that of the weights
-    step, episodes = saved.get("step", 0), deque(saved.get("episodes", ()), maxlen=100)  # (return, length) of the last
-    ale = {**args.ale, "life_loss_info": args.life_loss_terminal}
-    envs = make_envs(args.env_id, args.num_envs, (args.seed, step), saved.get("env_rng_states"), ale)
-    atari, device = isinstance(envs, AtariEnvs), pick_device(args.device, images=envs.obs.ndim > 2)
-    set_up_cpu(images=envs.obs.ndim > 2)
-    policy = Policy(envs.obs.shape[1:], envs.envs[0].action_space, args).to(device)
-    average, num_weights = copy.deepcopy(policy).requires_grad_(False), sum(x.numel() for x in policy.parameters())
-    modules = {"policy": policy, "average": average, "rmsprop": (rmsprop := RMSProp(num_weights, args).to(device))}
-    for name, module in modules.items() if saved else ():
-        module.load_state_dict(saved[name])
-    rng.set_state(saved.get("rng", rng.get_state()))
-    total_steps = args.num_iterations * args.batch_size
-    replay = Replay(envs.obs, int(envs.envs[0].action_space.n), args.frame_stack if atari else 1, args)
-    found = load_replay(replay, args, step)
-    with Log(args, device, step, len(rmsprop.v)) as log:
+    args = fill_defaults(args, observes_images(args.env_id))
+    state = {} if state is None else state
+    torch.manual_seed(stream_seed(args.seed, "weights"))
+    rngs = {}
+    for name in ("exploration", "minibatches"):
+        rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
+    env_seed = stream_seed(args.seed, "environments")
+    ale = {
+        "life_loss": args.life_loss_terminal,
+        "repeat_action_probability": args.repeat_action_probability,
+    }
+    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"), **ale)
+    with closing(envs):
+        num_actions = int(envs.action_space.n)
+        policy = ActorCritic(envs.obs.shape[1:], num_actions, args).to(args.torch_device)
+        params = list(policy.parameters())
+        rmsprop = RMSProp(sum(param.numel() for param in params)).to(args.torch_device)
+        modules = {"policy": policy, "rmsprop": rmsprop}
+        average = None
+        if args.trust_region:
+            average = copy.deepcopy(policy).requires_grad_(False)
+            modules["average"] = average
+        slots = args.replay_capacity // args.num_steps if args.replay_ratio > 0 else 1
+        replay = Replay(slots, stacked=isinstance(envs, AtariEnvs))
+        if state:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            for name, rng in rngs.items():
+                rng.set_state(state[name])
+            if "replay" in state:
+                vars(replay).update(state.pop("replay"))
+        step = state.get("step", 0)
+        envs.episodes.extend(state.get("episodes", ()))
+        train_step = compile_step(minibatch_step)
 
-        def checkpoint() -> str:
-            state = {"step": step, "episodes": list(episodes), "env_rng_states": envs.rng_states}
-            state |= {name: module.state_dict() for name, module in modules.items()} | {"rng": rng.get_state()}
+        while step + args.batch_size <= args.total_timesteps:
+            iteration = step // args.batch_size + 1
+            fraction = step / args.planned_steps
+            final_lr = 0.0 if args.anneal_lr else args.learning_rate
+            rmsprop.lr.fill_(line(args.learning_rate, final_lr, fraction))
+
+            segment = collect(envs, policy, rngs["exploration"], args.num_steps)
+            check_segment(segment, iteration)
+            if args.clip_rewards:
+                segment = segment._replace(rewards=segment.rewards.sign())
+            replay.add(segment)
+
+            rng = rngs["minibatches"]
+            metrics = update(policy, average, rmsprop, train_step, replay, rng, args)
+            check_update(metrics, params, iteration)
+
+            step += args.batch_size
+            state.update({name: module.state_dict() for name, module in modules.items()})
+            state.update({name: generator.get_state() for name, generator in rngs.items()})
+            state.update(step=step, episodes=list(envs.episodes))
+            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
             if args.save_replay:
-                save_replay(log.run_dir, replay, step)
-            return save_checkpoint(log.run_dir, args, state)
-
-        describe(policy, replay, args, found)
-        compiled_step = compile_or_eager(minibatch_step, args, device)
-        with stop_signals() as signals:
-            while step + args.batch_size <= args.total_timesteps and not signals:
-                rmsprop.lr.fill_(args.learning_rate * (1 - step / total_steps if args.anneal_lr else 1.0))
-
-                segment = collect(envs, policy, rng, args.num_steps, device)
-                check_finite(step, observations=segment.obs, rewards=segment.rewards)
-                episodes.extend(envs.ended)
-                envs.ended.clear()
-                if atari and args.clip_rewards:
-                    segment = segment._replace(rewards=segment.rewards.sign())
-                replay.add(segment)
-
-                stats = update(policy, average, rmsprop, compiled_step, replay, rng, args)
-                weights = torch.cat([param.detach().flatten() for param in policy.parameters()])
-                check_finite(step, losses=torch.tensor([stats[name] for name in LOSSES[:5]]), parameters=weights)
-
-                step += args.batch_size
-                log(step, rmsprop.lr.item(), episodes, stats)
-                if step // args.batch_size % args.save_every == 0:
-                    checkpoint()
-            path = checkpoint()
-        log.bar.close()
-        evaluation = evaluate_policy(policy, args) if args.eval_episodes and not signals else {}
-        mean_return = float(np.mean([x for x, _ in episodes])) if episodes else math.nan
-        log.finish(step, mean_return, len(episodes), evaluation, path)
-    eval_return = float(np.mean(evaluation["deterministic"])) if evaluation else None
-    result = {"steps": step, "episodic_return": mean_return, "eval_return": eval_return, "checkpoint": path}
-    return result | {"run_dir": str(log.run_dir), "signal": signals[0] if signals else None}
+                state["replay"] = dict(vars(replay))
+            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
+            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            yield metrics
 
 
-# ======================================================================================================================
-# The algorithm ends here. Below: evaluation, checkpoints, logging, run folder, signals, input checks, main.
-# ======================================================================================================================
+# ==================================================================================================
+# The algorithm ends here. Below is what runs it: files, progress, evaluation, command line.
+# ==================================================================================================
 
-SCRIPT = "acer_discrete"
-CHECKS = (
+ALGORITHM = "acer_discrete"  # what a checkpoint is checked for
+GENERATOR = acer
+WHY_AUTO = "cuda for images where there is a GPU"  # for the device that --device auto takes
+SHOWN = "entropy"  # the metric that the progress shows
+FIXED_ON_EVALUATION = ("hidden_sizes",)
+FIXED_ON_RESUME = (
+    "hidden_sizes",
+    "env_id",
+    "seed",
+    "num_envs",
+    "orthogonal_init",
+    "trust_region",
+    "num_steps",
+    "replay_capacity",
+)
+RANGES = (
     (
-        "total_timesteps save_every num_envs num_steps frame_skip frame_stack max_episode_frames replay_capacity "
-        "trunc_c trust_region_delta learning_rate rms_eps max_grad_norm hidden_sizes cnn_hidden",
+        "total_timesteps num_envs num_steps replay_capacity trunc_c trust_region_delta "
+        "hidden_sizes learning_rate max_grad_norm",
         lambda x: x > 0,
         "must be positive",
     ),
-    ("seed eval_episodes noop_max replay_ratio replay_start q_coef ent_coef", lambda x: x >= 0, "must not be negative"),
-    ("gamma avg_decay rms_decay repeat_action_probability", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+    (
+        "seed eval_episodes replay_ratio replay_start q_coef ent_coef",
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (
+        "learning_rate replay_ratio q_coef ent_coef",
+        math.isfinite,
+        "must be finite",
+    ),
+    (
+        "gamma avg_decay repeat_action_probability",
+        lambda x: 0 <= x <= 1,
+        "must lie in [0, 1]",
+    ),
 )
-FIXED_ON_EVALUATION = "frame_stack hidden_sizes shared_trunk cnn_hidden activation"
-FIXED_ON_RESUME = f"{FIXED_ON_EVALUATION} seed env_id num_envs orthogonal_init"
-AUTO_DEVICE = "CUDA for images where there is a GPU, else the CPU"
+
+SOURCE = Path(globals().get("__file__", ""))  # a notebook cell has none
+SCRIPT = SOURCE.stem if SOURCE.is_file() else ALGORITHM
+CHARTS = ("episodic_return", "episodic_length", "SPS", "learning_rate")  # other tags are losses/
+SAVE_SECONDS = 60  # between two checkpoints
+LINE_SECONDS = 60  # between two lines of progress where stdout is no terminal
+COMPILE_FROM = 250_000  # steps, for --compile auto
 LONGEST_EVALUATION = 100_000  # steps, for tasks without a time limit
 LONGEST_FILM = 3_000  # frames
 
 
-class InputError(ValueError):
-    """Bad input; the message is one line that says what to change."""
+def train(args: Args, _signals: Sequence[int] = ()) -> dict:
+    """Train from the start or from args.resume, then evaluate.
+
+    Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
+    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
+    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
+    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
+    checkpoint stays.
+
+    With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
+    start from `Args(**load_checkpoint(path)["args"])`.
+    """
+    folder = Path.cwd()  # an environment may change it
+    args = check_args(args)
+    require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
+    state = {}
+    if args.resume:
+        state = load_checkpoint(args.resume)
+        check_fixed(args, state["args"], FIXED_ON_RESUME)
+        load_policy(args.resume)  # raises InputError if the networks differ
+    start = state.get("step", 0)
+    check_environment(args, state.get("spaces"))
+    if args.video_dir:
+        check_film(args)
+    torch.set_num_threads(args.torch_threads)
+    with Log(args, start, folder) as log:
+        saved_at = -math.inf
+        with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+            for metrics in iterations:
+                log(state["step"], metrics)
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    saved_at = time.monotonic()
+                    try:
+                        save_checkpoint(log.run_dir, args, state)
+                    except SaveError as error:
+                        say(f"{error}. The next try is in a minute")
+                if _signals:
+                    break
+        checkpoint = str(log.run_dir / "checkpoint.pt")
+        if state["step"] > start:
+            save_checkpoint(log.run_dir, args, state)
+        log.end_training(state)
+        evaluation = {}
+        if args.eval_episodes and not _signals:
+            evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
+            log.end_evaluation(state["step"], evaluation)
+        say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
+        if args.video_dir and not _signals:
+            film(load_policy(checkpoint), args, _signals)
+    deterministic = evaluation.get("deterministic")
+    return {
+        "steps": state["step"],
+        "episodic_return": mean_or_nan([ret for ret, _ in state["episodes"]]),
+        "eval_return": float(np.mean(deterministic)) if deterministic else None,
+        "checkpoint": checkpoint,
+        "run_dir": str(log.run_dir),
+    }
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, video_dir: str | None = None,
-    **env_kwargs,
-) -> list[float]:  # fmt: skip
-    """Raw returns of one whole episode in each of `episodes` environments; `act` maps raw observations to actions.
+    act: Callable[[np.ndarray], np.ndarray], env_id: str, episodes: int, seed: int, **kwargs
+) -> list[float]:
+    """Return the raw returns of one whole episode in each of `episodes` environments.
 
-    One each, since counting the first to end would favour short ones; cut after LONGEST_EVALUATION steps. `video_dir`
-    gets a GIF of the first environment; `env_kwargs` are make_envs's.
+    `act` maps raw observations (episodes, …) to actions of the environment (episodes, …). Only the
+    first episode of each environment counts, so that short episodes do not count more often. One
+    that does not end within LONGEST_EVALUATION steps is left out, and a line says so. `kwargs` are
+    those of make_envs.
     """
-    envs = make_envs(env_id, episodes, seed, **env_kwargs, **({"render_mode": "rgb_array"} if video_dir else {}))
-    returns, going, frames, obs = np.zeros(episodes), np.ones(episodes, bool), [], envs.obs
-    fps = envs.envs[0].metadata.get("render_fps", 30)
-    stride = max(1, round(fps / 25))  # steps a frame
-    for step in tqdm(iter(range(LONGEST_EVALUATION)), "evaluation", unit="step", leave=False, disable=None):
-        if video_dir and going[0] and step % stride == 0 and len(frames) < LONGEST_FILM:
-            frames.append(envs.envs[0].render())
-        _, rewards, terminated, truncated, obs = envs.step(act(obs))
-        returns[going] += rewards[going]
-        going &= ~(terminated | truncated)
-        if not going.any():
-            break
-    if video_dir:
-        import imageio.v3
+    totals = np.zeros(episodes)
+    running = np.ones(episodes, bool)
+    with closing(make_envs(env_id, episodes, seed, **kwargs)) as envs:
+        for _ in progress_bar(range(LONGEST_EVALUATION), "evaluation"):
+            _, rewards, terminated, truncated = envs.step(act(envs.obs))
+            totals[running] += rewards[running]
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+    if running.any():
+        limit = f"within {LONGEST_EVALUATION:,} steps"
+        say(f"{running.sum()} of {episodes} episodes did not end {limit}. They are left out")
+    return totals[~running].tolist()
 
-        path = Path(video_dir, f"{Path(env_id.replace(':', '/')).name}__{SCRIPT}__s{seed}.gif")
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal. It may be None, closed, or an object without isatty."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def progress_bar(steps: Iterable[int], name: str) -> Iterable[int]:
+    """Show a bar on a terminal. It has no total, because an episode may end at any step."""
+    hidden = not is_terminal(sys.stderr)
+    return steps if hidden else tqdm(iter(steps), name, unit="step", leave=False)
+
+
+def task_name(env_id: str) -> str:
+    """Return the last part of an id, for names of files."""
+    return env_id.replace(":", "/").split("/")[-1]
+
+
+def interruptible(act: Callable, signals: Sequence[int]) -> Callable:
+    """Return `act`, but raising KeyboardInterrupt after a signal."""
+
+    def checked(*inputs):
+        if signals:
+            raise KeyboardInterrupt
+        return act(*inputs)
+
+    return checked
+
+
+def evaluate_policy(
+    policy: nn.Module, args: Args, signals: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Evaluate the most probable actions and sampled ones. Prints and returns their returns."""
+    policy.to(args.torch_device)
+    seed = stream_seed(args.seed, "evaluation")
+    rng = torch.Generator().manual_seed(seed)
+    acts = {
+        "deterministic": policy.act,
+        "sampled": lambda obs: policy.act(obs, False, rng),
+    }
+    evaluation = {}
+    for mode, act in acts.items():
+        act = interruptible(act, signals)
+        sticky = {"repeat_action_probability": args.repeat_action_probability}
+        returns = evaluate(act, args.env_id, args.eval_episodes, seed, **sticky)
+        evaluation[mode] = returns
+        result = "no episode ended"
+        if returns:
+            result = f"{np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+        say(f"evaluation, {mode}: {result}")
+    return evaluation
+
+
+def make_film_env(args: Args) -> Envs | AtariEnvs:
+    """Make one environment that renders."""
+    seed = stream_seed(args.seed, "evaluation")
+    sticky = {"repeat_action_probability": args.repeat_action_probability}
+    return make_envs(args.env_id, 1, seed, render_mode="rgb_array", **sticky)
+
+
+def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
+    """Write a GIF of one episode of the most probable actions. If that fails, a line says why."""
+    path = Path(args.video_dir, f"{task_name(args.env_id)}__{SCRIPT}__s{args.seed}.gif")
+    new = path.with_suffix(".tmp")
+    act = interruptible(policy.act, signals)
+    try:
+        from PIL import Image
+        from PIL.GifImagePlugin import getdata, getheader  # to write frame by frame
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.v3.imwrite(path, frames, duration=1000 * stride / fps, loop=0)
-        print(f"video {path}")
-    return returns.tolist()
+        with closing(make_film_env(args)) as envs, new.open("wb") as file:
+            stride = max(1, round(envs.fps / 25))  # steps a frame
+            milliseconds = round(1000 * stride / envs.fps)
+            for step in progress_bar(range(LONGEST_FILM * stride), "film"):
+                if step % stride == 0:
+                    image = Image.fromarray(envs.render()).quantize()
+                    if step == 0:
+                        file.writelines(getheader(image, info={"loop": 0})[0])
+                    frame = getdata(image, duration=milliseconds, include_color_table=True)
+                    file.writelines(frame)
+                _, _, terminated, truncated = envs.step(act(envs.obs))
+                if terminated[0] or truncated[0]:
+                    break
+            file.write(b";")  # the end of a GIF
+        os.replace(new, path)
+        say(f"film {path}")
+    except Exception as error:  # every renderer raises types of its own
+        say(f"no film {path}: {type(error).__name__}: {first_line(error)}")
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
-@torch.no_grad()
-def diagnostics(
-    batch: Segment, probs: Tensor, q: Tensor, values: Tensor, q_ret: Tensor, q_taken: Tensor, avg: Tensor, g: Tensor,
-    z: Tensor, grad_norm: Tensor, args: Args,
-) -> Tensor:  # fmt: skip
-    """The figures of LOSSES: the two parts of ACER eq. 9 as losses, the critic's, what trust region and traces do."""
-    pi, taken = probs[:-1], batch.actions[..., None]
-    log_pi, ratios = (pi + EPS).log(), pi / (batch.mu + EPS)
-    rho, log_taken = (x.gather(-1, taken)[..., 0] for x in (ratios, log_pi))  # (T, N)
-    actor = rho.clamp(max=args.trunc_c) * (q_ret - values[:-1]) * log_taken
-    correction = (1 - args.trunc_c / (ratios + EPS)).clamp(min=0) * pi * (q - values[:-1, :, None]) * log_pi
-    k, error = kl_gradient(avg, pi.flatten(0, 1)), q_ret - q_taken
-    shift = ((g - z) * k).sum(-1) / k.square().sum(-1)  # the multiplier of k in ACER eq. 12
-    kl = (avg * ((avg + EPS).log() - log_pi.flatten(0, 1))).sum(-1)
-    figures = [-actor.mean(), -correction.sum(-1).mean(), 0.5 * error.square().mean(), -(pi * log_pi).sum(-1).mean()]
-    figures += [kl.mean(), 1 - error.var() / q_ret.var(), grad_norm, (shift > 0).float().mean(), shift.mean()]
-    figures += [rho.mean(), rho.max(), (rho > args.trunc_c).float().mean(), (rho < 1 - 1e-4).float().mean()]
-    return torch.stack(figures)
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line. A closed terminal or a character that it does not know raises nothing."""
+    file = file or sys.stdout
+    with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), file=file, flush=True)
 
 
-def evaluate_policy(policy: Policy, args: Args) -> dict[str, list[float]]:
-    """Raw scores of full games, deterministic and sampled."""
-    rng, seed = torch.Generator().manual_seed(args.seed), 1_000_000 + args.seed  # apart from the training seeds
-    bias = policy.policy_head.layers[-1].bias  # (A,)
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        return policy.act(torch.from_numpy(obs).to(bias.device))[0].cpu().numpy()
-
-    def sample(obs: np.ndarray) -> np.ndarray:
-        noise = gumbel_noise(rng, len(obs), len(bias)).to(bias.device)
-        return policy.act(torch.from_numpy(obs).to(bias.device), noise)[0].cpu().numpy()
-
-    deterministic = evaluate(act, args.env_id, args.eval_episodes, seed, args.video_dir, ale=args.ale)
-    sampled = evaluate(sample, args.env_id, args.eval_episodes, seed, ale=args.ale)
-    return {"deterministic": deterministic, "sampled": sampled}
+@cache
+def say_once(text: str) -> None:
+    """Print a line that this process has not printed before."""
+    say(text)
 
 
-def print_evaluation(evaluation: dict[str, list[float]]) -> None:
-    """Mean and standard deviation over episodes of each mode."""
-    for mode, returns in evaluation.items():
-        print(f"evaluation, {mode}: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+def write_json(path: Path, content: dict) -> None:
+    """Write standard JSON. It has no infinity and no NaN, so they become strings."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def save_checkpoint(run_dir: Path, args: Args, state: dict) -> str:
-    """Write checkpoint.pt so that a crash leaves the old file or the new one, never half of one; -> its path."""
-    torch.save({"script": SCRIPT, "args": asdict(args)} | state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-    return str(run_dir / "checkpoint.pt")
+class SaveError(OSError):
+    """A checkpoint can't be written. The message is one line."""
 
 
-def load_checkpoint(path: str, args: Args | None = None, fixed: str = "") -> dict:
-    """Read a checkpoint to the CPU. Raises InputError if it is none of this script, or `args` differ in `fixed`."""
+def save_checkpoint(run_dir: Path, args: Args, state: dict) -> None:
+    """Write checkpoint.pt. A crash leaves the old file or the new one. Raises SaveError."""
+    new = Path(run_dir, "checkpoint.tmp")
+    try:
+        torch.save({**state, "algorithm": ALGORITHM, "args": asdict(args)}, new)
+        load_checkpoint(str(new))  # never replace a good file by one that can't be read
+        os.replace(new, Path(run_dir, "checkpoint.pt"))
+    except (OSError, RuntimeError, InputError) as error:
+        with suppress(OSError):
+            new.unlink()
+        raise SaveError(f"can't save a checkpoint in {run_dir}: {first_line(error)}") from error
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint to the CPU. Raises InputError if it is damaged or of another script.
+
+    "args" are the fields of this version of Args. Fields that are new have their default.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = saved["script"], saved["args"]
     except Exception as error:  # torch.load raises many unrelated types
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-    if script != SCRIPT or saved_args.keys() != asdict(Args()).keys():
-        raise InputError(f"{path} was written by {script}.py, or by another version of {SCRIPT}.py: use that one")
-    for name in fixed.split():
-        if getattr(args, name) != saved_args[name]:
-            raise InputError(f"--{name.replace('_', '-')}: {path} has {saved_args[name]}, which can't be changed")
+        name = type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint ({name})") from error
+    known = isinstance(saved, dict) and {"algorithm", "args"} <= saved.keys()
+    require(known, f"{path} is not a checkpoint of this version of {ALGORITHM}.py")
+    writer = saved["algorithm"]
+    require(writer == ALGORITHM, f"{path} was written by {writer}.py: use that script")
+    names = {field.name for field in fields(Args)}
+    unknown = sorted(saved["args"].keys() - names)
+    if unknown:
+        listed = ", ".join(unknown)
+        say_once(f"{Path(path).absolute()} has flags that are not known here: ignored {listed}")
+    kept = {name: value for name, value in saved["args"].items() if name in names}
+    saved["args"] = asdict(Args(**kept))
     return saved
 
 
-class Log:
-    """Run folder with config.json, progress.csv and TensorBoard events; head lines and, on a terminal, progress bar."""
+def load_policy(path: str) -> ActorCritic:
+    """Return the policy of a checkpoint, on the CPU. Its environment need not be installed.
 
-    def __init__(self, args: Args, device: torch.device, step: int, num_params: int):
+    `policy.act(obs, deterministic=True)` maps raw observations, one (O) or a batch (B, O), to
+    actions.
+    """
+    saved = load_checkpoint(path)
+    spaces = saved["spaces"]
+    args = Args(**saved["args"])
+    policy = ActorCritic(tuple(spaces["obs_shape"]), spaces["num_actions"], args)
+    try:
+        policy.load_state_dict(saved["policy"])
+    except RuntimeError as error:
+        raise InputError(f"{path} has other networks than this {SCRIPT}.py") from error
+    return policy.eval()
+
+
+def whole_rows(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Return the rows of a progress.csv up to `last_step`. Leaves out what is damaged."""
+    rows = []
+    with suppress(OSError, csv.Error):
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # without a cut-off last line
+        for row in csv.DictReader(lines):
+            with suppress(KeyError, TypeError, ValueError):
+                whole = None not in row and None not in row.values()
+                if whole and int(row["step"]) <= last_step and math.isfinite(float(row["seconds"])):
+                    rows.append(row)
+    return rows
+
+
+class Log:
+    """Keeps config.json, progress.csv and TensorBoard events of a run, and shows its progress."""
+
+    def __init__(self, args: Args, step: int, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        name = f"{Path(args.env_id.replace(':', '/')).name}__{SCRIPT}__s{args.seed}__{unique}"
-        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir or f"runs/{name}")
+        self.run_dir = Path(args.resume).parent if args.resume else Path(args.run_dir)
+        inside = self.run_dir.is_relative_to(folder)
+        self.shown = self.run_dir.relative_to(folder) if inside else self.run_dir
         try:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.open_files(args, step)
         except OSError as error:
-            raise InputError(f"--run-dir {self.run_dir}: {error.strerror}; name a folder that can be made") from error
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
-        script_hash = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        config = {"args": asdict(args), "device": str(device)} | versions | script_hash
-        path = self.run_dir / (f"config-{step}.json" if args.resume else "config.json")
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        path = self.run_dir / "progress.csv"
-        header, *rows = path.read_text().splitlines() if step and path.exists() else [""]
-        kept = [row.split(",") for row in rows if int(row.split(",")[0]) <= step]
-        self.file = path.open("w", buffering=1)  # a line at a time
-        self.file.writelines(",".join(row) + "\n" for row in ([header.split(","), *kept] if header else []))
+            name = "--resume" if args.resume else "--run-dir"
+            why = f"{first_line(error)}. Name a folder that can be written"
+            raise InputError(f"{name} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
-        total = args.num_iterations * args.batch_size
-        why = "as asked" if args.device != "auto" else f"auto: {AUTO_DEVICE}"
-        print(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.run_dir}")
-        print(f"{args.num_envs} environments x {args.num_steps} steps = batch of {args.batch_size:,}", end=", ")
-        print(f"{args.num_iterations} iterations = {total:,} steps{f', from {step:,}' if step else ''}")
-        print(f"device {device} ({why}), {num_params:,} parameters", flush=True)
-        self.bar = tqdm(initial=step, total=total, unit="step", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.step, self.last, self.seconds = step, time.time(), float(kept[-1][1]) if kept else 0.0
+        self.bar = None
+        self.step = step
+        self.last = time.monotonic()
+        self.last_line = self.last
+        self.total = args.planned_steps
 
-    def __call__(self, step: int, lr: float, episodes: deque, stats: dict[str, float]) -> None:
-        """One iteration: `episodes` holds the (return, length) pairs to average, `stats` goes to losses/."""
-        elapsed, (returns, lengths) = time.time() - self.last, np.mean(episodes or [(math.nan,) * 2], axis=0).tolist()
+        say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
+        size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
+        size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
+        say(size + (f", from {step:,}" if step else ""))
+        why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
+        say(f"device {args.torch_device} ({why})")
+        if step + args.batch_size > args.total_timesteps:
+            say("nothing is left to train: a larger --total-timesteps continues")
+
+    def open_files(self, args: Args, step: int) -> None:
+        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        config = {"args": asdict(args), "device": str(args.torch_device)}
+        config["python"] = sys.version.split()[0]
+        config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
+        if SOURCE.is_file():
+            config["script_sha256"] = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+        name = f"config-{step}.json" if args.resume else "config.json"
+        write_json(self.run_dir / name, config)
+
+        if step + args.batch_size <= args.total_timesteps:
+            (self.run_dir / "eval.json").unlink(missing_ok=True)  # of weights that will change
+        path = self.run_dir / "progress.csv"
+        rows = whole_rows(path, step) if step else []
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.columns = list(rows[0]) if rows else None
+        new = path.with_suffix(".tmp")
+        with new.open("w", newline="") as file:
+            if rows:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(new, path)
+        self.file = path.open("a", buffering=1, newline="")
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of one iteration that ended at `step`."""
+        elapsed = time.monotonic() - self.last
         sps = (step - self.step) / elapsed
-        charts = {"episodic_return": returns, "episodic_length": lengths, "SPS": sps, "learning_rate": lr}
-        self.step, self.last, self.seconds = step, self.last + elapsed, self.seconds + elapsed
-        if not self.file.tell():
-            self.file.write(",".join(["step", "seconds", *charts, *stats]) + "\n")
-        cells = {**charts, **stats}
-        values = ("" if math.isnan(x) else f"{x:.6g}" for x in cells.values())
-        self.file.write(",".join([str(step), f"{self.seconds:.2f}", *values]) + "\n")
-        for name, value in cells.items():
-            if not math.isnan(value):
-                self.events.add_scalar(f"{'charts' if name in charts else 'losses'}/{name}", value, step)
-        self.bar.set_postfix({"return": f"{returns:.1f}", "kl": f"{stats['approx_kl']:.4f}"}, refresh=False)
+        metrics = {"SPS": sps} | metrics
+        if self.bar is None:  # the first iteration may print lines
+            options = {"unit": "step", "unit_scale": True, "dynamic_ncols": True}
+            hidden = not is_terminal(sys.stderr)
+            self.bar = tqdm(initial=self.step, total=self.total, disable=hidden, **options)
+        self.step = step
+        self.last += elapsed
+        self.seconds += elapsed
+        try:
+            self.write(step, metrics)
+        except OSError as error:  # a full disk must not end the run
+            say_once(f"progress.csv and TensorBoard are not complete: {error}")
+        mean_return = f"{metrics['episodic_return']:.1f}"
+        shown = f"{metrics[SHOWN]:.4f}"
+        self.bar.set_postfix({"return": mean_return, SHOWN: shown}, refresh=False)
         self.bar.update(step - self.bar.n)
+        seen = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        if not seen and self.last - self.last_line >= LINE_SECONDS:
+            self.last_line = self.last
+            done = f"step {step:,} of {self.total:,}"
+            say(f"{done}  return {mean_return}  {SHOWN} {shown}  {sps:.0f} steps/s")
 
-    def finish(self, step: int, mean_return: float, episodes: int, evaluation: dict, path: str) -> None:
-        """Write the evaluation, if there was one, and print the closing lines."""
-        if evaluation:
-            (self.run_dir / "eval.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-            self.events.add_scalar("eval/return", np.mean(evaluation["deterministic"]), step)
-        print(f"mean return of the last {episodes} training episodes {mean_return:.1f}")
-        print_evaluation(evaluation)
-        print(f"{step:,} steps in {self.seconds:.0f} s  {path}")
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one row of progress.csv and the TensorBoard scalars."""
+        row = {"step": str(step), "seconds": f"{self.seconds:.2f}"}
+        for name, value in metrics.items():
+            row[name] = "" if math.isnan(value) else f"{value:.6g}"
+        if self.columns is None:
+            self.columns = list(row)
+            self.file.write(",".join(self.columns) + "\n")
+        options = {"restval": "", "extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(self.file, self.columns, **options).writerow(row)
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                group = "charts" if name in CHARTS else "losses"
+                self.events.add_scalar(f"{group}/{name}", value, step)
+
+    def end_training(self, state: dict) -> None:
+        """Print the training score."""
+        if self.bar is not None:
+            self.bar.close()
+        returns = [ret for ret, _ in state["episodes"]]
+        count = f"the last {len(returns)} training episodes"
+        text = f"mean return of {count} {mean_or_nan(returns):.1f}"
+        say(text if returns else "no training episode ended")
+
+    def end_evaluation(self, step: int, evaluation: dict[str, list[float]]) -> None:
+        """Write eval.json, and the deterministic score for TensorBoard."""
+        try:
+            write_json(self.run_dir / "eval.json", evaluation)
+            if evaluation["deterministic"]:
+                mean = np.mean(evaluation["deterministic"])
+                self.events.add_scalar("eval/return", mean, step)
+        except OSError as error:
+            say_once(f"eval.json and TensorBoard are not complete: {error}")
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        for part in (self.bar, self.events, self.file):
-            part.close()
+        if self.bar is not None:
+            self.bar.close()
+        for file in (self.events, self.file):
+            with suppress(OSError):
+                file.close()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the first Ctrl-C or SIGTERM; the second kills."""
-    caught, previous = [], {}
-
-    def note(number: int, _) -> None:
-        caught.append(number)
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, b"\nstopping after this iteration; once more kills\n")
-        for s in previous:
-            signal.signal(s, signal.SIG_DFL)
-
-    with suppress(ValueError):  # only the main thread can catch signals
-        previous.update({s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield caught
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
-def compile_or_eager(function: Callable, args: Args, device: torch.device) -> Callable:
-    """`function` as one compiled graph if --compile asks for it and PyTorch can; else eager, saying why."""
-    torch.compiler.reset()  # a process may train many configurations; PyTorch recompiles a function a few times only
-    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < 250_000):
+def compile_or_eager(function: Callable, args: Args) -> Callable:
+    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
+    if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        print("not compiled: this PyTorch can't trace torch.autograd.grad")
+        say("not compiled: this PyTorch can't compile torch.autograd.grad")
         return function
     torch._dynamo.config.trace_autograd_ops = True
-    print("compiling: the first iteration takes up to half a minute", flush=True)
-    cuda_graphs = device.type == "cuda"
-    how = {"mode": "reduce-overhead"} if cuda_graphs else {"options": {"cpp_wrapper": device.type == "cpu"}}
+    cuda = args.torch_device.type == "cuda"
+    how = {"mode": "reduce-overhead"} if cuda else {"options": {"cpp_wrapper": True}}
     chosen = torch.compile(function, fullgraph=True, **how)
+    first = True
 
     def compiled(*inputs):
-        nonlocal chosen
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call may be overwritten
+        nonlocal chosen, first
+        if first:
+            say("compiling: the first iteration takes up to half a minute")
+            first = False
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # the next call overwrites the outputs
         try:
-            return chosen(*inputs)
+            outputs = chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
-            print(f"not compiled: {str(error).splitlines()[0]}")
+            say(f"not compiled: {first_line(error)}")
             chosen = function
-            return function(*inputs)
+            outputs = function(*inputs)
+        return {name: x.clone() for name, x in outputs.items()} if cuda else outputs
 
     return compiled
 
 
-def pick_device(name: str, images: bool) -> torch.device:
-    """The device of --device. Raises InputError if it is not there."""
-    auto = "cuda" if images and torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).split(". ")[0].splitlines()[0]
-        raise InputError(f"--device {name} can't be used here ({why}): try cpu") from error
+def require(condition: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory; else it returns it to the system, and gets it anew, in every minibatch.
-
-    That is a fifth of the time of a convolutional network's gradient. Without glibc it does nothing.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
-            mallopt(option, size)
+def flag(name: str) -> str:
+    """Return the flag of a field of Args."""
+    return "--" + name.replace("_", "-")
 
 
-def set_up_cpu(images: bool) -> None:
-    """For convolutional networks, keep memory; for others, take one thread: more do not help networks this small."""
-    keep_memory() if images else torch.set_num_threads(1)
+def check_type(name: str, value: object, kind: object) -> None:
+    """Raise InputError unless the value of a flag is of the type that Args declares."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
+    elif get_origin(kind) is tuple:
+        whole = isinstance(value, tuple) and all(type(x) is int for x in value)
+        require(whole, f"{name} {value!r} must be a tuple of whole numbers")
+    elif set(kinds) <= {bool, int, float, str, type(None)}:
+        names = " or ".join(x.__name__ for x in kinds)
+        fits = type(value) in kinds
+        require(fits, f"{name} {value!r} must be of type {names}")
+        require(value != "", f"{name} is empty")
 
 
-def allocate(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]], args: Args) -> dict[str, Tensor]:
-    """Tensors of these shapes and types on the replay device. Raises InputError if they do not fit its memory."""
-    size, free = sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes.values()), math.inf
-    if args.replay_device == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--replay-device cuda needs a GPU: use cpu")
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        with suppress(OSError):
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        with suppress(OSError, ValueError):  # a container's limit, or "max"
-            free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    if size > 0.95 * free:
-        less = "--replay-capacity or --num-envs"
-        raise InputError(f"the replay memory takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free: lower {less}")
-    return {name: torch.zeros(shape, dtype=dtype, device=args.replay_device) for name, (shape, dtype) in sizes.items()}
-
-
-def save_replay(run_dir: Path, replay: Replay, step: int) -> None:
-    """Write replay.pt, so that a crash leaves the old file or the new one."""
-    torch.save(vars(replay) | {"step": step}, run_dir / "replay.tmp")
-    os.replace(run_dir / "replay.tmp", run_dir / "replay.pt")
-
-
-def load_replay(replay: Replay, args: Args, step: int) -> str:
-    """On resuming, fill the memory from replay.pt, if there is one of this step; -> what to tell about it.
-
-    Raises InputError if it can't be read or has another size.
-    """
-    if not args.resume or not args.replay_ratio:
-        return ""
-    path = Path(args.resume).with_name("replay.pt")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"step": None}
-        old = saved["step"]
-    except Exception as error:  # torch.load raises many unrelated types
-        hint = "move it away to start with an empty memory"
-        raise InputError(f"{path} is not readable ({type(error).__name__}): {hint}") from error
-    if old != step:
-        why = f"{path} is of step {old:,}; " if old is not None else ""
-        return f"replay memory: {why}empty, filled again before replay goes on"
-    if saved["slots"] != replay.slots or any(saved["memory"][k].shape != x.shape for k, x in replay.memory.items()):
-        raise InputError(f"--replay-capacity or --num-steps: {path} has another size; move it away to start empty")
-    for name, x in replay.memory.items():
-        x.copy_(saved["memory"][name])
-    replay.finals, replay.count = saved["finals"], saved["count"]
-    return f"replay memory: {min(replay.count, replay.slots) * args.num_steps:,} steps from {path}"
-
-
-def describe(policy: Policy, replay: Replay, args: Args, found: str) -> None:
-    """Print which network and which replay memory it is, and what was found of it on resuming."""
-    trunk = "convolutions" if isinstance(policy.trunk, NatureCNN) else "hidden layers"
-    print(f"network: {trunk}, {'one trunk for' if policy.q_trunk is None else 'a trunk each for'} policy and critic")
-    size = sum(x.numel() * x.itemsize for x in replay.memory.values()) / 2**30
-    holds = f"{replay.slots * args.num_steps:,} steps of each environment, {size:.2f} GiB on {args.replay_device}"
-    begins = f"replay begins with {args.replay_start:,} steps of each"
-    print(f"replay memory: {f'{holds}; {begins}' if args.replay_ratio else 'none, replay ratio 0'}")
-    if found:
-        print(found)
-
-
-def check_replay_args(args: Args) -> None:
-    """Raise InputError for values of ACER's own that can't be trained with."""
-    if not args.hidden_sizes:
-        raise InputError("--hidden-sizes needs one layer or more")
-    if math.isinf(args.replay_ratio):
-        raise InputError("--replay-ratio must be finite")
-    holds = args.replay_capacity // args.num_steps * args.num_steps  # whole segments
-    if args.replay_ratio and max(args.replay_start, 1) > holds:
-        hint = "lower --replay-start or raise --replay-capacity"
-        raise InputError(f"replay would never begin: the memory holds {holds:,} steps of each environment; {hint}")
-
-
-def check_spaces(env: gym.Env, env_id: str) -> None:
-    """Raise InputError unless observations are vectors or uint8 images, and actions discrete."""
-    actions, obs, needs = env.action_space, env.observation_space, f"--env-id {env_id} has the space"
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        shifted = isinstance(actions, gym.spaces.Discrete)
-        hint = "shift them with the wrapper TransformAction" if shifted else "for continuous ones use ppo_continuous.py"
-        raise InputError(f"{needs} {actions}, but this script needs discrete actions from 0: {hint}")
-    image = (
-        isinstance(obs, gym.spaces.Box) and obs.dtype == np.uint8 and len(obs.shape) == 3 and min(obs.shape[1:]) >= 36
-    )
-    if not image and not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
-        hint = "for images of shape (H, W, C) use the wrapper TransformObservation, for others FlattenObservation"
-        raise InputError(f"{needs} {obs}, but this script needs a flat Box or uint8 images (C, H, W): {hint}")
-
-
-def check_args(args: Args) -> None:
-    """Raise InputError for values that can't be trained with."""
-    for names, holds, what in CHECKS:
+def check_args(args: Args) -> Args:
+    """Return a copy with plain values and whole paths. Raises InputError for what can't be used."""
+    args = replace(args, **to_python(asdict(args)))
+    for field, kind in get_type_hints(Args).items():
+        name = flag(field)
+        value = getattr(args, field)
+        if isinstance(value, list):
+            value = tuple(value)
+        kinds = get_args(kind) or (kind,)
+        if int in kinds and isinstance(value, float):
+            require(value % 1 == 0, f"{name} {value} must be a whole number")
+            value = int(value)
+        if float in kinds and int not in kinds and type(value) is int:
+            require(abs(value) < 1e300, f"{name} is too large")
+            value = float(value)
+        check_type(name, value, kind)
+        setattr(args, field, value)
+    for names, holds, what in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not all(map(holds, value if isinstance(value, tuple) else [value])):
-                raise InputError(f"--{name.replace('_', '-')} {value} {what}")
-    if args.batch_size < 2:
-        raise InputError("num_envs x num_steps must be 2 or more")
-    if args.batch_size % args.num_minibatches:
-        raise InputError(f"--num-minibatches must divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        raise InputError(f"--total-timesteps is less than one batch, num_envs x num_steps = {args.batch_size}")
-    if args.resume and Path(args.resume).name != "checkpoint.pt":
-        raise InputError(f"--resume goes on in the run folder: name its checkpoint.pt, not {Path(args.resume).name}")
-    if args.evaluate and not args.eval_episodes:
-        raise InputError("--evaluate needs --eval-episodes of 1 or more")
-    if args.video_dir:
-        try:
-            make_envs(args.env_id, 1, args.seed, render_mode="rgb_array").envs[0].render()
-        except InputError:
-            raise
-        except Exception as error:  # every renderer raises types of its own
-            hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
-            why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-            raise InputError(f"--video-dir: can't render {args.env_id} ({why}); {hint}") from error
+            values = value if isinstance(value, tuple) else [value]
+            good = value is None or all(holds(x) for x in values)
+            require(good, f"{flag(name)} {value} {what}")
+
+    args = choose_defaults(args)
+    size = f"--num-envs x --num-steps = {args.batch_size}"
+    require(args.batch_size >= 2, f"{size} must be 2 or more")
+    require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    if args.resume:
+        name = Path(args.resume).name
+        why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
+        require(name == "checkpoint.pt", why)
+    evaluates = args.eval_episodes > 0 or not args.evaluate
+    require(evaluates, "--evaluate needs --eval-episodes of 1 or more")
+    taken = any(getattr(args, name) == value for name, value in PAPER.items())
+    require(taken or not args.paper, "paper=True changes nothing in Python: write Args(**PAPER)")
+    check_algorithm_args(args)
+    try:
+        torch.zeros(1, device=args.torch_device).item()
+    except Exception as error:  # every backend raises types of its own
+        raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
+
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
+    return args
 
 
-def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise FloatingPointError if one of the tensors holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in {name}, in the iteration after step {step:,}")
+def check_environment(args: Args, spaces: dict | None) -> None:
+    """Raise InputError unless the environment works with this script and with a checkpoint."""
+    envs = make_envs(args.env_id, 1, args.seed)
+    envs.close()
+    fits = spaces is None or spaces == envs.spaces
+    require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
+    content = {"args": asdict(args), "spaces": envs.spaces, "env_rng_states": envs.rng_states}
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises many unrelated types
+        why = f"a checkpoint can't hold its flags or its environment: {first_line(error)}"
+        raise InputError(why) from error
+
+
+def check_film(args: Args) -> None:
+    """Raise InputError unless the environment can be rendered."""
+    try:
+        with closing(make_film_env(args)) as envs:
+            envs.render()
+    except Exception as error:  # every renderer raises types of its own
+        why = f"{type(error).__name__}: {first_line(error)}"
+        hint = "MuJoCo needs MUJOCO_GL=egl with libegl1, or osmesa with libosmesa6"
+        raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
+
+
+def choose_defaults(args: Args) -> Args:
+    """Return a copy in which no field of DEFAULTS is None, and print what was chosen."""
+    filled = fill_defaults(args, observes_images(args.env_id))
+    chosen = [name for name in DEFAULTS if getattr(args, name) is None]
+    if chosen:
+        values = ", ".join(f"{name} {getattr(filled, name)}" for name in chosen)
+        say(f"defaults for {'images' if filled.images else 'vectors'}: {values}")
+    return filled
+
+
+def check_algorithm_args(args: Args) -> None:
+    """Raise InputError for flags that contradict each other."""
+    require(len(args.hidden_sizes) > 0, "--hidden-sizes needs one layer or more")
+    sticky = args.repeat_action_probability > 0
+    require(args.images or not sticky, "--repeat-action-probability is for games of ALE")
+    if args.replay_ratio > 0:
+        holds = args.replay_capacity // args.num_steps * args.num_steps  # whole segments
+        why = f"the replay memory holds {holds:,} steps of each environment"
+        hint = "lower --replay-start or raise --replay-capacity"
+        require(max(args.replay_start, 1) <= holds, f"{why}, replay would never begin: {hint}")
+        first = args.replay_start * args.num_envs
+        if first > args.total_timesteps:
+            say(f"no replay: it begins after {first:,} steps, lower --replay-start")
+    for name in ("trust_region_delta", "avg_decay"):
+        used = args.trust_region or getattr(args, name) == getattr(Args, name)
+        require(used, f"{flag(name)} has no effect with --no-trust-region")
+    if args.replay_ratio == 0:
+        why = "--save-replay has no effect with --replay-ratio 0: use --no-save-replay"
+        require(not args.save_replay, why)
+
+
+def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:
+    """Raise InputError if args differ from a checkpoint's where they can't change."""
+    for name in names:
+        value = getattr(args, name)
+        same = value == saved[name]
+        require(same, f"{flag(name)} {value}: the checkpoint has {saved[name]}, which can't change")
+
+
+def cli(default: Args) -> Args:
+    """Read the command line. Flags that are not given have the values of `default`."""
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "algorithm": AlgorithmArgs}
+    defaults = {}
+    for name, group in groups.items():
+        defaults[name] = group(**{f.name: getattr(default, f.name) for f in fields(group)})
+    flags = make_dataclass("Flags", groups.items())
+    config = (tyro.conf.OmitArgPrefixes,)
+    description = (__doc__ or ALGORITHM).splitlines()[0]
+    given = tyro.cli(flags, default=flags(**defaults), description=description, config=config)
+    values = {}
+    for name in groups:
+        values |= vars(getattr(given, name))
+    return Args(**values)
 
 
 def parse_args() -> Args:
-    """Command line -> Args; --resume and --evaluate take the checkpoint's arguments as defaults."""
-    cli = partial(tyro.cli, Args, description=__doc__.splitlines()[0])
-    args = cli()
-    if args.resume and (args.evaluate or args.run_dir):
-        raise InputError("--resume goes on in the checkpoint's own folder: leave out --evaluate and --run-dir")
-    if not (args.resume or args.evaluate):
-        return args
-    saved = Args(**load_checkpoint(args.resume or args.evaluate)["args"])
+    """Return the Args of the command line. --resume and --evaluate start from a checkpoint's."""
+    args = cli(Args())
+    path = args.resume or args.evaluate
+    if not path:
+        return cli(Args(**PAPER, paper=True)) if args.paper else args
+    require(not args.paper, "--paper: a checkpoint has its own settings, leave it out")
+    if args.resume:
+        why = "--resume continues in the checkpoint's folder: leave out --evaluate and --run-dir"
+        require(not args.evaluate and not args.run_dir, why)
+    saved = Args(**load_checkpoint(path)["args"])
     episodes = saved.eval_episodes or (Args.eval_episodes if args.evaluate else 0)
-    return cli(default=replace(saved, resume=None, run_dir=None, video_dir=None, eval_episodes=episodes))
+    own = {"resume": None, "run_dir": None, "video_dir": None, "eval_episodes": episodes}
+    return cli(replace(saved, **own))
+
+
+def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
+    """Run --evaluate: print the scores of a checkpoint, and film it if --video-dir is given."""
+    args = check_args(args)
+    saved = load_checkpoint(args.evaluate)
+    check_fixed(args, saved["args"], FIXED_ON_EVALUATION)
+    policy = load_policy(args.evaluate)
+    check_environment(args, saved["spaces"])
+    evaluate_policy(policy, args, signals)
+    if args.video_dir:
+        film(policy, args, signals)
+
+
+def drop_unread_output() -> None:
+    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    """Run the command line; -> the exit code."""
+    """Run the command line. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    signals = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    caught = [
+        n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        for n in caught:
+            signal.signal(n, signal.SIG_DFL)
+        with suppress(OSError):
+            if sys.stderr is not None:  # else 2 may be another file
+                os.write(2, b"\nstopping: a second signal kills\n")
+
+    for n in caught:
+        signal.signal(n, stop)
     try:
         args = parse_args()
-        if args.video_dir and sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        if not args.evaluate:
-            return 128 + signum if (signum := train(args)["signal"]) else 0
-        check_args(args)
-        saved = load_checkpoint(args.evaluate, args, FIXED_ON_EVALUATION)
-        env = make_envs(args.env_id, 1, args.seed, ale=args.ale).envs[0]
-        policy = Policy(env.observation_space.shape, env.action_space, args).to(
-            pick_device(args.device, len(env.observation_space.shape) == 3)
-        )
-        try:
-            policy.load_state_dict(saved["policy"])
-        except RuntimeError as error:
-            raise InputError(f"--env-id {args.env_id} has other sizes than {saved['args']['env_id']}") from error
-        print_evaluation(evaluate_policy(policy, args))
-        return 0
+        if args.evaluate:
+            evaluate_checkpoint(args, signals)
+        else:
+            train(args, signals)
     except InputError as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"{SCRIPT}.py: {error}; the last checkpoint, if there is one, stays", file=sys.stderr)
+    except NonFiniteError as error:
+        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        return 1
+    except SaveError as error:
+        say(f"{SCRIPT}.py: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + (signals[0] if signals else signal.SIGINT)
+    except BrokenPipeError:  # of --help
+        return 0
+    finally:
+        with suppress(AttributeError, ValueError):
+            drop_unread_output()
+    return (128 + signals[0]) if signals else 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
