@@ -100,12 +100,18 @@ def worst_drop(rows: np.ndarray, zero: float) -> float:
 
 
 def trust_table(suite: str) -> str:
-    """Markdown, for TRPO: the largest mean KL of any step and the lowest return as a share of its best so far."""
-    lines = ["| task | largest mean KL of a step | lowest / best so far, after step 300,000 |", "|---|---|---|"]
+    """Markdown, for TRPO: the largest mean KL of any iteration and the lowest return as a share of its best so far.
+
+    Runs that did not measure the KL of the iteration are left out.
+    """
+    lines = ["| task | largest mean KL of an iteration | lowest / best so far, after step 300,000 |", "|---|---|---|"]
     for task in dict.fromkeys(e.task for e in SUITES[suite]):
         runs = [r for r in read_index(suite) if r["task"] == task and r["script"] == "trpo_continuous"]
         if runs:
             curves = [curve(suite, r["label"], task, int(r["seed"])) for r in runs]
+            curves = [c for c in curves if not np.isnan(c[:, 2]).any()]
+            if not curves:
+                continue
             zero = references()[task, "random"]
             kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2], zero) for c in curves)
             lines.append(f"| {task} | {kl:.5f} | {drop:.2f} |")
@@ -194,10 +200,11 @@ def stale_lines(suite: str) -> list[str]:
 
 
 def curve(suite: str, label: str, task: str, seed: int) -> np.ndarray:
-    """(points, 3): step, mean return of the last 100 training episodes, largest mean KL of a step since."""
+    """(points, 3): step, mean return of the last 100 training episodes, largest mean KL of an iteration since or NaN."""
     path = RESULTS / suite / f"{label}__{Path(task).name}__s{seed}.csv"
-    rows = [(r["step"], r["episodic_return"] or "nan", r["largest_kl"]) for r in csv.DictReader(path.open())]
-    return np.array(rows, float)
+    rows = list(csv.DictReader(path.open()))
+    columns = ("step", "episodic_return", "largest_kl_iteration")
+    return np.array([[row.get(name) or "nan" for name in columns] for row in rows], float)
 
 
 def style(i: int) -> dict[str, str]:

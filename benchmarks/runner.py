@@ -197,11 +197,15 @@ def budget(job: Job) -> int:
 
 
 def write_curve(job: Job, rows: list[dict[str, str]]) -> None:
-    """POINTS rows on a grid of steps: mean return of the last 100 training episodes, seconds, largest KL since."""
+    """POINTS rows on a grid of steps: mean return of the last 100 training episodes, seconds, largest KL since.
+
+    The KL is that of a whole iteration where the script measures it, else that of the update.
+    """
     total, point, largest = int(rows[-1]["step"]), 1, 0.0
-    lines = ["step,episodic_return,seconds,largest_kl"]
+    kl = "kl_iteration" if "kl_iteration" in rows[0] else "approx_kl"
+    lines = [f"step,episodic_return,seconds,largest_{kl}"]
     for row in rows:
-        largest = max(largest, float(row.get("approx_kl") or 0))
+        largest = max(largest, float(row.get(kl) or 0))
         if int(row["step"]) >= point * total / POINTS:
             lines.append(f"{row['step']},{row['episodic_return']},{row['seconds']},{largest:.5g}")
             point, largest = int(int(row["step"]) * POINTS / total) + 1, 0.0

@@ -51,14 +51,14 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
     },
     "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off"},
     "acer_discrete": {  # replay from the first iteration on, which the first update fills
-        "replay ratio 4": "--replay-start 1",
+        "replay ratio 4": "--replay-start 1 --num-envs 8",
         "16 environments": "--replay-start 1 --num-envs 16",
-        "replay ratio 0": "--replay-ratio 0",
-        "not compiled": "--replay-start 1 --compile off",
+        "replay ratio 0": "--replay-ratio 0 --num-envs 8",
+        "not compiled": "--replay-start 1 --num-envs 8 --compile off",
     },
 }
-PARTS = {"Envs.step", "AtariEnvs.step", "Policy.act", "Policy.sample", "Policy.to_env", "advantages", "fisher_operator", "conjugate_gradient"}
-PARTS |= {"line_search", "policy_step", "update", "Replay.batch", "Replay.add"}
+PARTS = {"Envs.step", "AtariEnvs.step", "Policy.sample", "Policy.to_env", "ActorCritic.sample", "advantages"}
+PARTS |= {"fisher_operator", "conjugate_gradient", "line_search", "policy_step", "update", "Replay.take", "Replay.add"}
 
 
 @dataclass
@@ -125,16 +125,18 @@ def timed(function, spent: list[float]):
 
 def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
     """Train a script; -> the times at which its iterations ended, steps in each, seconds in PARTS between them."""
-    script, own, folder = args.script, CONTESTANTS[args.script].get(args.one, ""), ROOT
+    contestants = CONTESTANTS[args.script]
+    script, own, folder = args.script, contestants.get(args.one, ""), ROOT
     if args.one in ATARI:
         script = args.one
     if args.one == args.against:
+        own = next(iter(contestants.values()))
         folder = Path(tempfile.mkdtemp())
         show = ["git", "show", f"{args.against}:{script}.py"]
         (folder / f"{script}.py").write_bytes(subprocess.run(show, cwd=ROOT, capture_output=True, check=True).stdout)
     sys.path.insert(0, str(folder))
     module = __import__(script)
-    times, spent = [], defaultdict(list)
+    times, steps, spent = [], [], defaultdict(list)
     for part in PARTS:
         owner, _, name = part.rpartition(".")
         owner = getattr(module, owner, None) if owner else module
@@ -145,6 +147,7 @@ def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
     def log(*inputs) -> None:
         original(*inputs)
         times.append(time.time())
+        steps.append(inputs[1])
         if len(times) == 1:
             for seconds in spent.values():
                 seconds.clear()
@@ -154,7 +157,7 @@ def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         parsed = tyro.cli(module.Args, args=[*flags, *own.split(), "--run-dir", f"{folder}/run"])
         module.train(parsed)
-    return times, parsed.batch_size, {part: sum(seconds) for part, seconds in spent.items() if seconds}
+    return times, steps[1] - steps[0], {part: sum(seconds) for part, seconds in spent.items() if seconds}
 
 
 def atari_limits(script: str, task: str) -> dict[str, float]:
@@ -164,23 +167,22 @@ def atari_limits(script: str, task: str) -> dict[str, float]:
     import torch
 
     module = __import__(script)
-    args = module.Args(compile="on")
-    envs = module.make_envs(task, args.num_envs, 1, ale=args.ale)
+    args = module.fill_defaults(module.Args(compile="on"), images=True)
+    envs = module.make_envs(task, args.num_envs, 1)
     actions = np.random.default_rng(1).integers(envs.action_space.n, size=(500, args.num_envs))
-    policy = module.Policy(envs.obs.shape[1:], envs.action_space, args)
-    num_weights, size = sum(param.numel() for param in policy.parameters()), args.batch_size // args.num_minibatches
-    step = module.compile_or_eager(module.minibatch_step, args, torch.device("cpu"))
+    policy = module.ActorCritic(envs.obs.shape[1:], int(envs.action_space.n), args)
+    num_weights = sum(param.numel() for param in policy.parameters())
+    step = module.compile_or_eager(module.minibatch_step, args)
     if script == "ppo_atari":
-        adam, passes = module.Adam(num_weights, 1e-4, 1e-5), args.update_epochs
+        adam, passes, size = module.Adam(num_weights), args.update_epochs, args.batch_size // args.num_minibatches
         obs, zeros = torch.randint(256, (size, *envs.obs.shape[1:]), dtype=torch.uint8), torch.zeros(size)
-        batch = module.Minibatch(obs, zeros.long(), policy(obs)[0].detach(), zeros, zeros, torch.randn(size), zeros)
+        batch = module.Batch(obs, zeros.long(), policy(obs)[0].detach(), zeros, zeros, torch.randn(size), zeros)
         inputs = policy, adam, batch, torch.tensor(0.1), args
     else:
-        rmsprop, passes = module.RMSProp(num_weights, args), 1 + args.replay_ratio
-        segment = module.collect(envs, policy, torch.Generator(), args.num_steps, torch.device("cpu"))
+        rmsprop, passes, size = module.RMSProp(num_weights), 1 + args.replay_ratio, args.batch_size
+        segment = module.collect(envs, policy, torch.Generator(), args.num_steps)
         average = copy.deepcopy(policy).requires_grad_(False)
         inputs = policy, average, rmsprop, segment._replace(finals=[]), torch.zeros(segment.rewards.shape), args
-    module.keep_memory()
     tries = {"ALE": lambda: [envs.step(a) for a in actions], "CNN": lambda: step(*inputs)}
     times = {}
     for name, repetitions in (("ALE", 4), ("CNN", 12)):
@@ -219,16 +221,16 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
             f"| {runs[0]['start_up_s']:.1f} / {warm:.1f} | {max(r['peak_mb'] for r in runs):.0f} |"
         )
     share = {part: statistics.median(r["parts"][part] for r in results[first]) for part in results[first][0]["parts"]}
-    acting = sum(share.get(part, 0) for part in ("Policy.act", "Policy.sample", "Policy.to_env"))
+    acting = sum(share.get(part, 0) for part in ("Policy.sample", "Policy.to_env", "ActorCritic.sample"))
     parts = {"environment": share.get("Envs.step") or share["AtariEnvs.step"], "acting": acting}
     if "policy_step" in share:
         parts["conjugate gradients"] = share["fisher_operator"] + share["conjugate_gradient"]
         parts["line search"] = share["line_search"]
         parts["rest of the policy step"] = share["policy_step"] - parts["conjugate gradients"] - share["line_search"]
         parts["critic"] = share["update"] - share["policy_step"]
-    elif "Replay.batch" in share:
-        parts["replay sampling and storing"] = share["Replay.batch"] + share["Replay.add"]
-        parts["network passes of the update"] = share["update"] - share["Replay.batch"]
+    elif "Replay.take" in share:
+        parts["replay sampling and storing"] = share["Replay.take"] + share["Replay.add"]
+        parts["network passes of the update"] = share["update"] - share["Replay.take"]
     elif "advantages" not in share:
         parts["update"] = share["update"]
     else:
@@ -244,7 +246,7 @@ def main(args: Args) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = [PEERS[args.script], *CONTESTANTS[args.script]]
     if args.against:
-        names = [args.against, "default"]
+        names = [args.against, next(iter(CONTESTANTS[args.script]))]
     results = {name: [] for name in names}
     with out.open("w") as file, tempfile.TemporaryDirectory() as cache:
         file.write("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n")
@@ -268,7 +270,7 @@ def main(args: Args) -> None:
                 file.write(f"{name},{repetition + 1},{figures}\n")
                 print(f"{repetition + 1}/{args.repetitions} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
     print_table(Path(args.task).name, results)
-    if args.script in ATARI:
+    if args.script in ATARI and not args.against:
         done = subprocess.run([*command[:-1], "limits"], env=environment, capture_output=True, text=True, check=True)
         limits = json.loads(done.stdout.splitlines()[-1])
         print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
