@@ -145,9 +145,8 @@ class AlgorithmArgs:
     # for vectors
     replay_start: int | None = None
     trunc_c: float = 10.0  # c of ACER eq. 9, where importance weights are truncated
-    bias_correction: bool = (
-        True  # the second term of ACER eq. 9, for what the truncation leaves out
-    )
+    # the second term of ACER eq. 9, for what the truncation leaves out
+    bias_correction: bool = True
     trust_region: bool = True  # ACER eq. 11, around the average policy
     trust_region_delta: float = 1.0  # δ of ACER eq. 11
     avg_decay: float = 0.99  # α of the average policy, θ_a ← α θ_a + (1-α) θ after each update
@@ -407,8 +406,9 @@ class ActorCritic(nn.Module):
     def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return π and Q, each (…, A), for raw observations (…, O)."""
         if not isinstance(obs, Tensor):
-            obs = torch.from_numpy(np.array(obs))
-        assert obs.shape[-len(self.obs_shape) :] == self.obs_shape
+            obs = torch.from_numpy(np.array(obs, None if self.images else np.float64))
+        shape = self.obs_shape
+        assert obs.shape[-len(shape) :] == shape, f"an observation has the shape {shape}"
         weight = self.q_head[0].weight
         x = obs.to(weight.device).to(weight.dtype)
         if self.images:
@@ -425,7 +425,8 @@ class ActorCritic(nn.Module):
         Without `rng` the noise comes from PyTorch's global generator.
         """
         probs, _ = self(obs)
-        return torch.multinomial(probs.cpu(), 1, generator=rng).squeeze(-1)
+        probs = probs.cpu().nan_to_num(1.0)  # check_segment names a NaN
+        return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
 
     @torch.no_grad()
     def act(
@@ -923,10 +924,10 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     envs = []
     try:
-        spec = gym.registry.get(env_id.split(":")[-1])
-        if spec is not None and spec.entry_point == ALE:
+        game = ale_game(env_id)
+        if game is not None:
             return AtariEnvs(
-                spec.kwargs["game"],
+                game,
                 num_envs,
                 seed,
                 rng_states,
@@ -943,6 +944,12 @@ def make_envs(
         if isinstance(error, gym.error.Error | ImportError):
             raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
         raise
+
+
+def ale_game(env_id: str) -> str | None:
+    """Return the name of an ALE game, None if the id is not one of ALE's."""
+    spec = gym.registry.get(env_id.split(":")[-1])
+    return spec.kwargs["game"] if spec is not None and spec.entry_point == ALE else None
 
 
 def observes_images(env_id: str) -> bool:
@@ -963,10 +970,12 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     actions = env.action_space
     box = isinstance(obs, gym.spaces.Box)
     vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
-    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8
-    large = images and min(obs.shape[1:]) >= 36  # for the convolutions
+    # the convolutions need 36 x 36 pixels
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8 and min(obs.shape[1:]) >= 36
+    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
     discrete = isinstance(actions, gym.spaces.Discrete)
-    if discrete and actions.start == 0 and (vectors or large):
+    if discrete and actions.start == 0 and (vectors or images):
         return
     space = obs if discrete and actions.start == 0 else actions
     hint = "No script here takes it"
@@ -975,10 +984,10 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     elif discrete and env.spec is not None and env.spec.entry_point == ALE:
         hint = f"Write the version: --env-id {env.spec.id}"
     elif discrete and box and len(obs.shape) == 3:
-        hint = "Turn its images into such with the wrapper TransformObservation"
-    elif discrete:
+        hint = "Turn its images into such, uint8 (C, H, W), with the wrapper TransformObservation"
+    elif discrete and obs.shape != (0,):
         hint = "Wrap it in FlattenObservation"
-    elif isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+    elif float_actions and vectors and actions.shape[0] > 0:
         hint = "ppo_continuous.py takes continuous actions"
     needs = "this script needs discrete actions from 0 and a flat Box of observations or uint8"
     needs += " images (C, H, W) of 36 x 36 pixels or more"
@@ -1636,13 +1645,16 @@ def flag(name: str) -> str:
 def check_type(name: str, value: object, kind: object) -> None:
     """Raise InputError unless the value of a flag is of the type that Args declares."""
     kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
+    origins = [get_origin(x) for x in (kind, *kinds)]
+    if value is None and type(None) in kinds:
+        return
+    if Literal in origins:
         require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
-    elif get_origin(kind) is tuple:
+    elif tuple in origins:
         whole = isinstance(value, tuple) and all(type(x) is int for x in value)
         require(whole, f"{name} {value!r} must be a tuple of whole numbers")
     elif set(kinds) <= {bool, int, float, str, type(None)}:
-        names = " or ".join(x.__name__ for x in kinds)
+        names = " or ".join(x.__name__ for x in kinds).replace("NoneType", "None")
         fits = type(value) in kinds
         require(fits, f"{name} {value!r} must be of type {names}")
         require(value != "", f"{name} is empty")
@@ -1671,8 +1683,16 @@ def check_args(args: Args) -> Args:
             values = value if isinstance(value, tuple) else [value]
             good = value is None or all(holds(x) for x in values)
             require(good, f"{flag(name)} {value} {what}")
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
 
-    args = choose_defaults(args)
+    given = args
+    args = fill_defaults(args, observes_images(args.env_id))
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
     require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
@@ -1689,14 +1709,7 @@ def check_args(args: Args) -> Args:
         torch.zeros(1, device=args.torch_device).item()
     except Exception as error:  # every backend raises types of its own
         raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
-
-    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
-    args.run_dir = args.run_dir or default
-    for name in ("run_dir", "resume", "evaluate", "video_dir"):
-        path = getattr(args, name)
-        if path is not None:  # an environment may change the working directory
-            setattr(args, name, str(Path(path).absolute()))
+    say_defaults(given, args)
     return args
 
 
@@ -1728,21 +1741,19 @@ def check_film(args: Args) -> None:
         raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
 
 
-def choose_defaults(args: Args) -> Args:
-    """Return a copy in which no field of DEFAULTS is None, and print what was chosen."""
-    filled = fill_defaults(args, observes_images(args.env_id))
-    chosen = [name for name in DEFAULTS if getattr(args, name) is None]
+def say_defaults(given: Args, filled: Args) -> None:
+    """Print the values of the fields that fill_defaults filled."""
+    chosen = [name for name in DEFAULTS if getattr(given, name) is None]
     if chosen:
         values = ", ".join(f"{name} {getattr(filled, name)}" for name in chosen)
         say(f"defaults for {'images' if filled.images else 'vectors'}: {values}")
-    return filled
 
 
 def check_algorithm_args(args: Args) -> None:
     """Raise InputError for flags that contradict each other."""
     require(len(args.hidden_sizes) > 0, "--hidden-sizes needs one layer or more")
-    sticky = args.repeat_action_probability > 0
-    require(args.images or not sticky, "--repeat-action-probability is for games of ALE")
+    used = args.repeat_action_probability == 0 or ale_game(args.env_id) is not None
+    require(used, "--repeat-action-probability is for games of ALE")
     if args.replay_ratio > 0:
         holds = args.replay_capacity // args.num_steps * args.num_steps  # whole segments
         why = f"the replay memory holds {holds:,} steps of each environment"
@@ -1752,8 +1763,9 @@ def check_algorithm_args(args: Args) -> None:
         if first > args.total_timesteps:
             say(f"no replay: it begins after {first:,} steps, lower --replay-start")
     for name in ("trust_region_delta", "avg_decay"):
-        used = args.trust_region or getattr(args, name) == getattr(Args, name)
-        require(used, f"{flag(name)} has no effect with --no-trust-region")
+        default = getattr(Args, name)
+        why = f"{flag(name)} has no effect with --no-trust-region: leave it at {default}"
+        require(args.trust_region or getattr(args, name) == default, why)
     if args.replay_ratio == 0:
         why = "--save-replay has no effect with --replay-ratio 0: use --no-save-replay"
         require(not args.save_replay, why)

@@ -374,9 +374,9 @@ class ActorCritic(nn.Module):
         the network. Images (…, C, H, W) stay uint8: `logits_and_values` normalizes them.
         """
         if not isinstance(obs, Tensor):
-            obs = torch.from_numpy(np.array(obs))
+            obs = torch.from_numpy(np.array(obs, None if self.images else np.float64))
         shape = self.obs_stats.mean.shape
-        assert obs.shape[-len(shape) :] == shape
+        assert obs.shape[-len(shape) :] == shape, f"an observation has the shape {tuple(shape)}"
         if self.images:
             return obs.to(self.pixel_mean.device)
         obs = obs.to("cpu", torch.float64)
@@ -409,7 +409,7 @@ class ActorCritic(nn.Module):
         Without `rng` the noise comes from PyTorch's global generator.
         """
         logits, _ = self(obs)
-        probs = logits.softmax(-1).cpu()
+        probs = logits.softmax(-1).cpu().nan_to_num(1.0)  # check_rollout names a NaN
         return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
 
     def to_env(self, samples: Tensor) -> np.ndarray:
@@ -928,10 +928,10 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     envs = []
     try:
-        spec = gym.registry.get(env_id.split(":")[-1])
-        if spec is not None and spec.entry_point == ALE:
+        game = ale_game(env_id)
+        if game is not None:
             return AtariEnvs(
-                spec.kwargs["game"],
+                game,
                 num_envs,
                 seed,
                 rng_states,
@@ -948,6 +948,12 @@ def make_envs(
         if isinstance(error, gym.error.Error | ImportError):
             raise InputError(f"--env-id {env_id}: {first_line(error)}") from error
         raise
+
+
+def ale_game(env_id: str) -> str | None:
+    """Return the name of an ALE game, None if the id is not one of ALE's."""
+    spec = gym.registry.get(env_id.split(":")[-1])
+    return spec.kwargs["game"] if spec is not None and spec.entry_point == ALE else None
 
 
 def observes_images(env_id: str) -> bool:
@@ -968,10 +974,12 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     actions = env.action_space
     box = isinstance(obs, gym.spaces.Box)
     vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
-    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8
-    large = images and min(obs.shape[1:]) >= 36  # for the convolutions
+    # the convolutions need 36 x 36 pixels
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8 and min(obs.shape[1:]) >= 36
+    flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
     discrete = isinstance(actions, gym.spaces.Discrete)
-    if discrete and actions.start == 0 and (vectors or large):
+    if discrete and actions.start == 0 and (vectors or images):
         return
     space = obs if discrete and actions.start == 0 else actions
     hint = "No script here takes it"
@@ -980,10 +988,10 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     elif discrete and env.spec is not None and env.spec.entry_point == ALE:
         hint = f"Write the version: --env-id {env.spec.id}"
     elif discrete and box and len(obs.shape) == 3:
-        hint = "Turn its images into such with the wrapper TransformObservation"
-    elif discrete:
+        hint = "Turn its images into such, uint8 (C, H, W), with the wrapper TransformObservation"
+    elif discrete and obs.shape != (0,):
         hint = "Wrap it in FlattenObservation"
-    elif isinstance(actions, gym.spaces.Box) and np.issubdtype(actions.dtype, np.floating):
+    elif float_actions and vectors and actions.shape[0] > 0:
         hint = "ppo_continuous.py takes continuous actions"
     needs = "this script needs discrete actions from 0 and a flat Box of observations or uint8"
     needs += " images (C, H, W) of 36 x 36 pixels or more"
@@ -1030,15 +1038,14 @@ def check_finite(iteration: int, **quantities: Tensor) -> None:
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
     """Raise NonFiniteError for observations or rewards that can't be trained on."""
     rewards = rollout.rewards.float()  # shows what is too large for float32
+    if rollout.obs.dtype != torch.uint8:
+        obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+        check_finite(iteration, observations=obs)
+        limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+        if obs.abs().max() > limit:
+            hint = "" if norm_obs else ": add --norm-obs"
+            raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
     check_finite(iteration, rewards=rewards)
-    if rollout.obs.dtype == torch.uint8:
-        return
-    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
-    check_finite(iteration, observations=obs)
-    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
-    if obs.abs().max() > limit:
-        hint = "" if norm_obs else ": add --norm-obs"
-        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
 
 
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
@@ -1646,13 +1653,16 @@ def flag(name: str) -> str:
 def check_type(name: str, value: object, kind: object) -> None:
     """Raise InputError unless the value of a flag is of the type that Args declares."""
     kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
+    origins = [get_origin(x) for x in (kind, *kinds)]
+    if value is None and type(None) in kinds:
+        return
+    if Literal in origins:
         require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
-    elif get_origin(kind) is tuple:
+    elif tuple in origins:
         whole = isinstance(value, tuple) and all(type(x) is int for x in value)
         require(whole, f"{name} {value!r} must be a tuple of whole numbers")
     elif set(kinds) <= {bool, int, float, str, type(None)}:
-        names = " or ".join(x.__name__ for x in kinds)
+        names = " or ".join(x.__name__ for x in kinds).replace("NoneType", "None")
         fits = type(value) in kinds
         require(fits, f"{name} {value!r} must be of type {names}")
         require(value != "", f"{name} is empty")
@@ -1681,8 +1691,16 @@ def check_args(args: Args) -> Args:
             values = value if isinstance(value, tuple) else [value]
             good = value is None or all(holds(x) for x in values)
             require(good, f"{flag(name)} {value} {what}")
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
 
-    args = choose_defaults(args)
+    given = args
+    args = fill_defaults(args, observes_images(args.env_id))
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
     require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
@@ -1699,14 +1717,7 @@ def check_args(args: Args) -> Args:
         torch.zeros(1, device=args.torch_device).item()
     except Exception as error:  # every backend raises types of its own
         raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
-
-    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
-    args.run_dir = args.run_dir or default
-    for name in ("run_dir", "resume", "evaluate", "video_dir"):
-        path = getattr(args, name)
-        if path is not None:  # an environment may change the working directory
-            setattr(args, name, str(Path(path).absolute()))
+    say_defaults(given, args)
     return args
 
 
@@ -1738,14 +1749,12 @@ def check_film(args: Args) -> None:
         raise InputError(f"--video-dir: can't render {args.env_id} ({why}). {hint}") from error
 
 
-def choose_defaults(args: Args) -> Args:
-    """Return a copy in which no field of DEFAULTS is None, and print what was chosen."""
-    filled = fill_defaults(args, observes_images(args.env_id))
-    chosen = [name for name in DEFAULTS if getattr(args, name) is None]
+def say_defaults(given: Args, filled: Args) -> None:
+    """Print the values of the fields that fill_defaults filled."""
+    chosen = [name for name in DEFAULTS if getattr(given, name) is None]
     if chosen:
         values = ", ".join(f"{name} {getattr(filled, name)}" for name in chosen)
         say(f"defaults for {'images' if filled.images else 'vectors'}: {values}")
-    return filled
 
 
 def check_algorithm_args(args: Args) -> None:
@@ -1755,8 +1764,8 @@ def check_algorithm_args(args: Args) -> None:
     require(divides, f"--num-minibatches must divide {size}")
     require(len(args.hidden_sizes) > 0, "--hidden-sizes needs one layer or more")
     require(args.images or not args.paper, "--paper is for images: the paper has no vectors")
-    sticky = args.repeat_action_probability > 0
-    require(args.images or not sticky, "--repeat-action-probability is for games of ALE")
+    used = args.repeat_action_probability == 0 or ale_game(args.env_id) is not None
+    require(used, "--repeat-action-probability is for games of ALE")
 
 
 def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:

@@ -323,7 +323,8 @@ class Policy(nn.Module):
         """
         if not isinstance(obs, Tensor):
             obs = torch.from_numpy(np.array(obs, np.float64))
-        assert obs.shape[-1:] == self.obs_stats.mean.shape
+        shape = self.obs_stats.mean.shape
+        assert obs.shape[-1:] == shape, f"an observation has the shape {tuple(shape)}"
         obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
             obs = (obs - self.obs_stats.mean) / self.obs_stats.std
@@ -873,19 +874,20 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
     obs = env.observation_space
     actions = env.action_space
-    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    box = isinstance(obs, gym.spaces.Box)
+    vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8 and min(obs.shape[1:]) >= 36
     flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
     float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
-    if flat_obs and float_actions and obs.shape[0] > 0 and actions.shape[0] > 0:
+    if vectors and float_actions and actions.shape[0] > 0:
         return
     space = obs if float_actions else actions
     hint = "No script here takes it"
-    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
-    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
+    if isinstance(actions, gym.spaces.Discrete) and (vectors or images):
         hint = "ppo_atari.py and acer_discrete.py take discrete actions"
         if actions.start != 0:
             hint += " from 0: shift them with the wrapper TransformAction"
-    elif float_actions and not flat_obs:
+    elif float_actions and not vectors and obs.shape != (0,):
         hint = "Wrap it in FlattenObservation"
     needs = "this script needs a flat Box of observations and a flat Box of float actions"
     raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
@@ -931,15 +933,14 @@ def check_finite(iteration: int, **quantities: Tensor) -> None:
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
     """Raise NonFiniteError for observations or rewards that can't be trained on."""
     rewards = rollout.rewards.float()  # shows what is too large for float32
+    if rollout.obs.dtype != torch.uint8:
+        obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+        check_finite(iteration, observations=obs)
+        limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+        if obs.abs().max() > limit:
+            hint = "" if norm_obs else ": add --norm-obs"
+            raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
     check_finite(iteration, rewards=rewards)
-    if rollout.obs.dtype == torch.uint8:
-        return
-    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
-    check_finite(iteration, observations=obs)
-    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
-    if obs.abs().max() > limit:
-        hint = "" if norm_obs else ": add --norm-obs"
-        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
 
 
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
@@ -1565,13 +1566,16 @@ def flag(name: str) -> str:
 def check_type(name: str, value: object, kind: object) -> None:
     """Raise InputError unless the value of a flag is of the type that Args declares."""
     kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
+    origins = [get_origin(x) for x in (kind, *kinds)]
+    if value is None and type(None) in kinds:
+        return
+    if Literal in origins:
         require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
-    elif get_origin(kind) is tuple:
+    elif tuple in origins:
         whole = isinstance(value, tuple) and all(type(x) is int for x in value)
         require(whole, f"{name} {value!r} must be a tuple of whole numbers")
     elif set(kinds) <= {bool, int, float, str, type(None)}:
-        names = " or ".join(x.__name__ for x in kinds)
+        names = " or ".join(x.__name__ for x in kinds).replace("NoneType", "None")
         fits = type(value) in kinds
         require(fits, f"{name} {value!r} must be of type {names}")
         require(value != "", f"{name} is empty")
@@ -1600,6 +1604,13 @@ def check_args(args: Args) -> Args:
             values = value if isinstance(value, tuple) else [value]
             good = value is None or all(holds(x) for x in values)
             require(good, f"{flag(name)} {value} {what}")
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
 
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
@@ -1617,14 +1628,6 @@ def check_args(args: Args) -> Args:
         torch.zeros(1, device=args.torch_device).item()
     except Exception as error:  # every backend raises types of its own
         raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
-
-    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
-    args.run_dir = args.run_dir or default
-    for name in ("run_dir", "resume", "evaluate", "video_dir"):
-        path = getattr(args, name)
-        if path is not None:  # an environment may change the working directory
-            setattr(args, name, str(Path(path).absolute()))
     return args
 
 
@@ -1666,9 +1669,11 @@ def check_algorithm_args(args: Args) -> None:
         why = "--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None"
         require(args.ent_coef == 0, why)
     if args.surrogate not in ("kl-adaptive", "kl-fixed"):
-        require(args.kl_coef == Args.kl_coef, f"--kl-coef has no effect with {surrogate}")
+        why = f"--kl-coef has no effect with {surrogate}: leave it at {Args.kl_coef}"
+        require(args.kl_coef == Args.kl_coef, why)
     if args.surrogate != "kl-adaptive":
-        require(args.kl_target == Args.kl_target, f"--kl-target has no effect with {surrogate}")
+        why = f"--kl-target has no effect with {surrogate}: leave it at {Args.kl_target}"
+        require(args.kl_target == Args.kl_target, why)
     else:
         why = f"{surrogate} needs a constant step size: add --no-anneal-lr --return-floor 0"
         floor = args.norm_reward and args.return_floor > 0

@@ -297,7 +297,8 @@ class Policy(nn.Module):
         """
         if not isinstance(obs, Tensor):
             obs = torch.from_numpy(np.array(obs, np.float64))
-        assert obs.shape[-1:] == self.obs_stats.mean.shape
+        shape = self.obs_stats.mean.shape
+        assert obs.shape[-1:] == shape, f"an observation has the shape {tuple(shape)}"
         obs = obs.to("cpu", torch.float64)
         if self.norm_obs:
             obs = (obs - self.obs_stats.mean) / self.obs_stats.std
@@ -455,7 +456,7 @@ def policy_step(
         "policy_loss": -(surrogate_old + gain).item(),
         "surrogate_gain": gain.item(),
         "approx_kl": kl.item(),  # exact
-        "max_kl": max_kl,
+        "max_kl": math.nan if args.step == "natural" else max_kl,
         "rejected": float(not accepted),
         "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
         "policy_grad_norm": g.norm().item(),
@@ -915,19 +916,20 @@ def check_spaces(env: gym.Env, env_id: str) -> None:
     """Raise InputError unless observations and actions are flat Boxes and actions are floats."""
     obs = env.observation_space
     actions = env.action_space
-    flat_obs = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
+    box = isinstance(obs, gym.spaces.Box)
+    vectors = box and len(obs.shape) == 1 and obs.shape[0] > 0
+    images = box and len(obs.shape) == 3 and obs.dtype == np.uint8 and min(obs.shape[1:]) >= 36
     flat_actions = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
     float_actions = flat_actions and np.issubdtype(actions.dtype, np.floating)
-    if flat_obs and float_actions and obs.shape[0] > 0 and actions.shape[0] > 0:
+    if vectors and float_actions and actions.shape[0] > 0:
         return
     space = obs if float_actions else actions
     hint = "No script here takes it"
-    images = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 3 and obs.dtype == np.uint8
-    if isinstance(actions, gym.spaces.Discrete) and (flat_obs or images):
+    if isinstance(actions, gym.spaces.Discrete) and (vectors or images):
         hint = "ppo_atari.py and acer_discrete.py take discrete actions"
         if actions.start != 0:
             hint += " from 0: shift them with the wrapper TransformAction"
-    elif float_actions and not flat_obs:
+    elif float_actions and not vectors and obs.shape != (0,):
         hint = "Wrap it in FlattenObservation"
     needs = "this script needs a flat Box of observations and a flat Box of float actions"
     raise InputError(f"--env-id {env_id} has {space}, {needs}. {hint}")
@@ -973,15 +975,14 @@ def check_finite(iteration: int, **quantities: Tensor) -> None:
 def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
     """Raise NonFiniteError for observations or rewards that can't be trained on."""
     rewards = rollout.rewards.float()  # shows what is too large for float32
+    if rollout.obs.dtype != torch.uint8:
+        obs = torch.cat([rollout.obs, rollout.next_obs]).double()
+        check_finite(iteration, observations=obs)
+        limit = 1e100 if norm_obs else HUGE  # statistics need their squares
+        if obs.abs().max() > limit:
+            hint = "" if norm_obs else ": add --norm-obs"
+            raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
     check_finite(iteration, rewards=rewards)
-    if rollout.obs.dtype == torch.uint8:
-        return
-    obs = torch.cat([rollout.obs, rollout.next_obs]).double()
-    check_finite(iteration, observations=obs)
-    limit = 1e100 if norm_obs else HUGE  # statistics need their squares
-    if obs.abs().max() > limit:
-        hint = "" if norm_obs else ": add --norm-obs"
-        raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
 
 
 def check_update(metrics: dict[str, float], params: list[Tensor], iteration: int) -> None:
@@ -1013,6 +1014,11 @@ def line(first: float, last: float, fraction: float) -> float:
     return (1 - fraction) * first + fraction * last
 
 
+def kl_between(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+    """Mean KL(old ‖ new) of two pairs (μ, log σ), results of Policy.forward."""
+    return gaussian_kl(*old, *new).mean().item()
+
+
 def trpo(
     args: Args,
     state: dict | None = None,
@@ -1027,7 +1033,9 @@ def trpo(
     does not fit, NonFiniteError for NaN or infinity.
 
     metrics["kl_iteration"] is the mean KL(π before ‖ π after) over the states of the iteration. It
-    contains all that changes π: the step and the new statistics of observations.
+    contains all that changes π: the step and the new statistics of observations. With --step trpo
+    it is at most 1.1 δ, except in the first iteration, where the first statistics come before the
+    step.
     """
     state = {} if state is None else state
     torch.manual_seed(stream_seed(args.seed, "weights"))
@@ -1060,9 +1068,7 @@ def trpo(
 
             raw = collect(envs, policy, rngs["exploration"], args.num_steps)
             check_rollout(raw, iteration, args.norm_obs)
-            with torch.no_grad():
-                mean_before, log_std_before = policy(raw.obs)
-                log_std_before = log_std_before.clone()
+            before = [x.detach().clone() for x in policy(raw.obs)]
             first = policy.obs_stats.count == 0
             # The first rollout is sampled without statistics. They are then computed from it, and
             # π_old, V and the ratio use them.
@@ -1073,12 +1079,15 @@ def trpo(
             rng = rngs["minibatches"]
             metrics = update(policy, critic, adam, train_step, rollout, args.gamma, rng, args)
             check_update(metrics, params, iteration)
+            stats = policy.obs_stats.get_extra_state()
             if not first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
-            with torch.no_grad():
-                mean, log_std = policy(raw.obs)
-                kl = gaussian_kl(mean_before, log_std_before, mean, log_std).mean()
-            metrics["kl_iteration"] = kl.item()
+            kl = kl_between(before, policy(raw.obs))
+            # Statistics that would move π beyond the trust region are not taken over.
+            if args.step == "trpo" and kl > 1.1 * args.max_kl:
+                policy.obs_stats.set_extra_state(stats)
+                kl = kl_between(before, policy(raw.obs))
+            metrics["kl_iteration"] = kl
 
             step += args.batch_size
             state.update({name: module.state_dict() for name, module in modules.items()})
@@ -1595,13 +1604,16 @@ def flag(name: str) -> str:
 def check_type(name: str, value: object, kind: object) -> None:
     """Raise InputError unless the value of a flag is of the type that Args declares."""
     kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
+    origins = [get_origin(x) for x in (kind, *kinds)]
+    if value is None and type(None) in kinds:
+        return
+    if Literal in origins:
         require(value in kinds, f"{name} {value!r}: choose from {', '.join(kinds)}")
-    elif get_origin(kind) is tuple:
+    elif tuple in origins:
         whole = isinstance(value, tuple) and all(type(x) is int for x in value)
         require(whole, f"{name} {value!r} must be a tuple of whole numbers")
     elif set(kinds) <= {bool, int, float, str, type(None)}:
-        names = " or ".join(x.__name__ for x in kinds)
+        names = " or ".join(x.__name__ for x in kinds).replace("NoneType", "None")
         fits = type(value) in kinds
         require(fits, f"{name} {value!r} must be of type {names}")
         require(value != "", f"{name} is empty")
@@ -1630,6 +1642,13 @@ def check_args(args: Args) -> Args:
             values = value if isinstance(value, tuple) else [value]
             good = value is None or all(holds(x) for x in values)
             require(good, f"{flag(name)} {value} {what}")
+    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
+    args.run_dir = args.run_dir or default
+    for name in ("run_dir", "resume", "evaluate", "video_dir"):
+        path = getattr(args, name)
+        if path is not None:  # an environment may change the working directory
+            setattr(args, name, str(Path(path).absolute()))
 
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
@@ -1647,14 +1666,6 @@ def check_args(args: Args) -> Args:
         torch.zeros(1, device=args.torch_device).item()
     except Exception as error:  # every backend raises types of its own
         raise InputError(f"--device {args.device}: {first_line(error)}. Try cpu") from error
-
-    unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    default = f"runs/{task_name(args.env_id)}__{SCRIPT}__s{args.seed}__{unique}"
-    args.run_dir = args.run_dir or default
-    for name in ("run_dir", "resume", "evaluate", "video_dir"):
-        path = getattr(args, name)
-        if path is not None:  # an environment may change the working directory
-            setattr(args, name, str(Path(path).absolute()))
     return args
 
 
@@ -1699,8 +1710,9 @@ def check_algorithm_args(args: Args) -> None:
         "natural": ("max_kl", "return_floor", "line_search_steps", "line_search_decay"),
     }
     for name in unused[args.step]:
-        default = getattr(args, name) == getattr(Args, name)
-        require(default, f"{flag(name)} has no effect with --step {args.step}")
+        default = getattr(Args, name)
+        why = f"{flag(name)} has no effect with --step {args.step}: leave it at {default}"
+        require(getattr(args, name) == default, why)
 
 
 def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:

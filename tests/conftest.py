@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for PyTorch: two tests run at once
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ import ppo_continuous
 import trpo_continuous
 
 ROOT = Path(__file__).parents[1]
-CONTINUOUS = [ppo_continuous]
-EVERY_SCRIPT = [ppo_continuous, trpo_continuous, ppo_atari, acer_discrete]
+CONTINUOUS = [ppo_continuous, trpo_continuous]
+DISCRETE = [ppo_atari, acer_discrete]
+EVERY_SCRIPT = CONTINUOUS + DISCRETE
 SMALL = {
     "env_id": "Pendulum-v1",
     "num_envs": 2,
@@ -29,9 +32,8 @@ SMALL = {
     "compile": "off",
     "eval_episodes": 0,
 }
-if os.name != "posix":  # they need POSIX signals and file locks
-    collect_ignore = ["test_first_edition.py", "test_trpo_continuous.py", "test_benchmarks.py"]
-    collect_ignore += ["test_ppo_atari.py", "test_acer_discrete.py"]
+if os.name != "posix":  # it needs POSIX signals and file locks
+    collect_ignore = ["test_benchmarks.py"]
 EVERY_SIGNAL = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
@@ -41,7 +43,9 @@ def each_with(name):
     return pytest.mark.parametrize("script", scripts, ids=lambda s: s.__name__)
 
 
+each_script = pytest.mark.parametrize("script", EVERY_SCRIPT, ids=lambda s: s.ALGORITHM)
 each_continuous = pytest.mark.parametrize("script", CONTINUOUS, ids=lambda s: s.ALGORITHM)
+each_discrete = pytest.mark.parametrize("script", DISCRETE, ids=lambda s: s.ALGORITHM)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,15 @@ def the_process_is_left_as_it_was():
         signal.signal(number, handler)
     os.chdir(folder)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def toys_have_the_actions_of_the_script(request, monkeypatch):
+    """Chain and Toy have discrete actions in the tests of a script that takes these."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and parameters.params.get("script") in DISCRETE:
+        for toy in (Chain, Toy):
+            monkeypatch.setattr(toy, "action_space", gym.spaces.Discrete(3))
 
 
 @pytest.fixture
@@ -88,31 +101,95 @@ class PerfectCritic:
         return torch.full_like(left, 1 / (1 - self.gamma))
 
 
+def small(script, **changes):
+    """SMALL for this script, as fields of its Args, and changes."""
+    settings = dict(SMALL)
+    if script in DISCRETE:
+        settings["env_id"] = "CartPole-v1"
+    if script is acer_discrete:
+        del settings["num_minibatches"], settings["update_epochs"]
+        settings |= {"replay_start": 64, "replay_capacity": 320, "replay_ratio": 1.0}
+    return settings | changes
+
+
 def make_args(script, **changes):
-    return script.Args(**(SMALL | changes))
+    return script.Args(**small(script, **changes))
 
 
-def small_flags(**changes):
-    """SMALL as flags of the command line."""
-    settings = SMALL | changes
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+def small_flags(script, **changes):
+    """The settings of `small` as flags of the command line."""
+    words = []
+    for name, value in small(script, **changes).items():
+        flag = name.replace("_", "-")
+        words.append(f"--no-{flag}" if value is False else f"--{flag} {value}")
+    return " ".join(words)
 
 
-def first_networks(script, **changes):
-    """Networks and optimizer as the generator makes them, on one rollout of theirs."""
-    args = make_args(script, **changes)
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(0)
-    envs = script.make_envs(args.env_id, args.num_envs, args.seed)
-    policy = script.Policy(envs.obs.shape[1:], envs.action_space, args)
-    critic = script.Critic(envs.obs.shape[1:], args)
-    raw = script.collect(envs, policy, rng, args.num_steps)
-    policy.obs_stats.update(raw.obs.flatten(0, 1))
-    raw = script.collect(envs, policy, rng, args.num_steps)
-    carry = torch.zeros(args.num_envs, dtype=torch.float64)
-    rollout, _ = script.prepare(raw, policy, critic, carry, args.gamma, args)
-    envs.close()
-    return policy, critic, rollout, rng, args
+def make_networks(script, obs_shape, action_space, args):
+    """[policy, critic] of a continuous script, [policy] with both heads of a discrete one."""
+    if script in CONTINUOUS:
+        return [script.Policy(obs_shape, action_space, args), script.Critic(obs_shape, args)]
+    args = script.fill_defaults(args, images=len(obs_shape) == 3)
+    return [script.ActorCritic(obs_shape, int(action_space.n), args)]
+
+
+def flat_copy(parameters):
+    """Parameters as one vector of their own."""
+    return torch.cat([param.detach().flatten() for param in parameters])
+
+
+def double_policy(script, obs_dim=3, action_dim=2, **flags):
+    """Policy in float64 with statistics, whose KL has curvature in all weights."""
+    torch.manual_seed(1)
+    space = gym.spaces.Box(-1, 1, (action_dim,))
+    args = script.Args(**({"hidden_sizes": (5,)} | flags))
+    policy = script.Policy((obs_dim,), space, args).double()
+    policy.obs_stats.update(2 * torch.randn(50, obs_dim, dtype=torch.float64) + 1)
+    with torch.no_grad():
+        for param in policy.parameters():
+            param += 0.3 * torch.randn_like(param)
+    return policy
+
+
+def hessian_of_mean_kl(policy, inputs):
+    """Hessian of the mean KL(π_old ‖ π) in the weights (P, P), by two backward passes."""
+    params = list(policy.parameters())
+    mean, log_std = policy.mean_and_log_std(inputs)
+    log_std = log_std.expand_as(mean)
+    old = torch.distributions.Normal(mean.detach(), log_std.detach().exp())
+    new = torch.distributions.Normal(mean, log_std.exp())
+    kl = torch.distributions.kl_divergence(old, new).sum(-1).mean()
+    grads = torch.autograd.grad(kl, params, create_graph=True)
+    gradient = torch.cat([grad.flatten() for grad in grads])
+    assert gradient.abs().max() < 1e-12  # at its minimum
+    rows = []
+    for g in gradient:
+        row = torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([part.flatten() for part in row]))
+    return torch.stack(rows)
+
+
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+class AcerExample:
+    """Four steps in one environment with three actions, worked out from formulas in float64.
+
+    γ = 0.9, c = 2, δ = 0.1. Rows are states s_0 to s_4, or steps 0 to 3.
+    """
+
+    logits = double(
+        [[0.5, -0.2, 0.1], [1, 0, -1], [-0.3, 0.8, 0.2], [0, 0.4, -0.6], [0.3, 0.3, -0.2]]
+    )
+    q = double([[1, 0.2, -0.5], [0.3, 0.8, 0], [-0.2, 0.6, 0.4], [0.9, -0.1, 0.5], [0.7, 0.4, 0.1]])
+    avg = double([[0.2, 0.1, 0], [0.4, 0.3, -0.5], [-0.6, 1, 0.1], [-0.5, 0.6, -0.4]]).softmax(-1)
+    mu = double([[0.2, 0.5, 0.3], [0.7, 0.2, 0.1], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]])
+    actions = torch.tensor([1, 0, 2, 0])
+    rewards = double([1, -0.5, -2, 2])
+    probs = logits.softmax(-1)
+    values = (probs * q).sum(-1)
+    q_ret = double([0.56095864, -0.62932648, -0.34586134, 2.4007579])
 
 
 def fingerprint(checkpoint):
@@ -122,7 +199,7 @@ def fingerprint(checkpoint):
 
     def visit(value):
         if isinstance(value, dict):
-            for key in value:
+            for key in sorted(value, key=str):
                 visit(value[key])
         elif isinstance(value, list | tuple):
             for item in value:
@@ -133,6 +210,48 @@ def fingerprint(checkpoint):
 
     visit({key: value for key, value in saved.items() if key != "args"})
     return digest.hexdigest()
+
+
+class Catch(gym.Env):
+    """A ball falls from a random column, the paddle below moves left, stays or moves right.
+
+    Observations are images of 7 x 7 cells. Episodes have six steps. The reward of the last one is
+    `reward` for a catch and -`reward` for a miss. With `cut` a time limit ends the episodes.
+    """
+
+    observation_space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+
+    def __init__(self, reward=1, cut=False, render_mode=None):
+        self.reward = reward
+        self.cut = cut
+        self.render_mode = render_mode
+
+    def picture(self):
+        cells = np.zeros((7, 7), np.uint8)
+        cells[self.row, self.ball] = 255
+        cells[-1, self.paddle] = 255
+        return cells.repeat(12, 0).repeat(12, 1)[None]
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row = 0
+        self.paddle = 3
+        self.ball = int(self.np_random.integers(7))
+        return self.picture(), {}
+
+    def step(self, action):
+        self.row += 1
+        self.paddle = int(np.clip(self.paddle + action - 1, 0, 6))
+        over = self.row == 6
+        reward = 0
+        if over:
+            reward = self.reward if self.ball == self.paddle else -self.reward
+        return self.picture(), reward, over and not self.cut, over and self.cut, {}
+
+    def render(self):
+        return self.picture()[0, ..., None].repeat(3, -1)
 
 
 class Chain(gym.Env):
@@ -221,6 +340,8 @@ class Poison(Chain):
         return obs, reward, *rest
 
 
+gym.register("Catch-v0", Catch)
+gym.register("CutCatch-v0", Catch, kwargs={"cut": True, "reward": 5})
 gym.register("Chain-v0", Chain, disable_env_checker=True)
 gym.register("EndlessChain-v0", Chain, kwargs={"finite": False}, max_episode_steps=3)
 gym.register("Unlimited-v0", Chain, kwargs={"finite": False})

@@ -360,6 +360,26 @@ def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monk
     assert row.startswith("| ppo_continuous | 550 [") and row.endswith("(4) | 0 of 1 seeds reach it |")
 
 
+def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "references", lambda: {("A-v0", "random"): 0.0})
+    monkeypatch.setitem(report.SUITES, "mine", (Entry("trpo_continuous", "A-v0"),))
+    row = {"label": "trpo_continuous", "script": "trpo_continuous", "task": "A-v0", "seed": "1"}
+    monkeypatch.setattr(report, "read_index", lambda suite: [row])
+    job = Job("mine", Entry("trpo_continuous", "A-v0"), 1, "code")
+    rows = [
+        {"step": f"{i}", "episodic_return": "1", "seconds": "1", "approx_kl": "0.001", "kl_iteration": f"{kl}"}
+        for i, kl in ((100, 0.002), (200, 0.009), (300, 0.003))
+    ]
+    runner.write_curve(job, rows)
+    assert job.curve.read_text().splitlines()[0] == "step,episodic_return,seconds,largest_kl_iteration"
+    assert report.trust_table("mine").splitlines()[2].startswith("| A-v0 | 0.00900 |")
+    for row_of_update in rows:
+        del row_of_update["kl_iteration"]
+    runner.write_curve(job, rows)
+    assert "0.001" in job.curve.read_text() and report.trust_table("mine") == ""
+
+
 def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(report):
     import numpy as np
 

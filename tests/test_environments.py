@@ -1,46 +1,80 @@
 """Environments and rollouts: successors, returns, random streams, spaces, mistakes, closing."""
 
+import itertools
 import math
 import random
+import types
+from functools import partial
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PerfectCritic, Toy, each_continuous, first_networks, make_args
+from conftest import (
+    CONTINUOUS,
+    DISCRETE,
+    EVERY_SCRIPT,
+    PerfectCritic,
+    Toy,
+    each_continuous,
+    each_discrete,
+    each_script,
+    each_with,
+    make_args,
+    make_networks,
+    small,
+)
 
-import ppo_continuous as ppo
+import acer_discrete
+import ppo_atari
+import trpo_continuous
+
+each_with_a_rollout = each_with("prepare")  # acer_discrete.py has segments in its place
 
 
-def simple_policy(script, envs, **flags):
-    args = script.Args(norm_obs=False, **flags)
-    return script.Policy(envs.obs.shape[1:], envs.action_space, args), args
+def filled(script, **flags):
+    """Args of a script for vectors."""
+    args = script.Args(**flags)
+    return script.fill_defaults(args, images=False) if script in DISCRETE else args
 
 
 def roll(script, env_id, num_steps=10, num_envs=2, **flags):
     envs = script.make_envs(env_id, num_envs, seed=0)
-    policy, args = simple_policy(script, envs, norm_reward=False, **flags)
-    raw = script.collect(envs, policy, torch.Generator(), num_steps)
-    critic = script.Critic(envs.obs.shape[1:], args)
-    rollout, _ = script.prepare(raw, policy, critic, torch.zeros(num_envs), args.gamma, args)
+    args = filled(script, norm_obs=False, norm_reward=False, norm_adv=False, **flags)
+    networks = make_networks(script, envs.obs.shape[1:], envs.action_space, args)
+    raw = script.collect(envs, networks[0], torch.Generator(), num_steps)
+    rollout, _ = script.prepare(raw, *networks, torch.zeros(num_envs), args.gamma, args)
     return rollout, args
+
+
+def advantages(script, critic, rollout, gamma, args):
+    """Â, V^targ and V for a critic that is any function of observations."""
+    if script is ppo_atari:
+
+        def logits_and_values(obs):
+            return torch.zeros(*obs.shape[:-1], 3), critic(obs)
+
+        policy = types.SimpleNamespace(logits_and_values=logits_and_values)
+        return script.advantages(policy, rollout, gamma, args)[:3]
+    return script.advantages(critic, rollout, gamma, args)
 
 
 # ---- Successors and returns ----
 
 
-@each_continuous
+@each_with_a_rollout
 @pytest.mark.parametrize("env_id, finite", [("Chain-v0", True), ("EndlessChain-v0", False)])
 def test_perfect_critic_has_no_advantage_to_report(script, env_id, finite):
     rollout, args = roll(script, env_id)
     assert rollout.done.sum() == 6 and rollout.terminated.sum() == (6 if finite else 0)
     critic = PerfectCritic(finite, args.gamma)
-    adv, returns, values = script.advantages(critic, rollout, args.gamma, args)
+    adv, returns, values = advantages(script, critic, rollout, args.gamma, args)
     torch.testing.assert_close(adv, torch.zeros(10, 2), atol=2e-5, rtol=0)
     torch.testing.assert_close(returns, values)
 
 
-@each_continuous
+@each_with_a_rollout
 @pytest.mark.parametrize("env_id", ["Chain-v0", "EndlessChain-v0"])
 def test_advantages_take_the_value_of_the_true_successor(script, env_id):
     rollout, args = roll(script, env_id, gae_lambda=0.0)
@@ -48,12 +82,12 @@ def test_advantages_take_the_value_of_the_true_successor(script, env_id):
     def critic(obs):
         return 1 + obs.squeeze(-1)  # another value in each state
 
-    adv, _, _ = script.advantages(critic, rollout, 0.9, args)
+    adv, _, _ = advantages(script, critic, rollout, 0.9, args)
     after = critic(rollout.next_obs) * ~rollout.terminated
     torch.testing.assert_close(adv, rollout.rewards + 0.9 * after - critic(rollout.obs))
 
 
-@each_continuous
+@each_script
 def test_step_gives_the_true_successor_and_the_observation_to_act_on(script):
     envs = script.make_envs("Chain-v0", 1, seed=0)
     seen = []
@@ -63,7 +97,7 @@ def test_step_gives_the_true_successor_and_the_observation_to_act_on(script):
     assert seen == [(0, 1), (1, 2), (2, 3), (0, 1)] and envs.obs == 1.0
 
 
-@each_continuous
+@each_with_a_rollout
 def test_an_environment_may_reuse_its_observation(script, toy):
     buffer = np.zeros(2)
 
@@ -81,15 +115,21 @@ def test_an_environment_may_reuse_its_observation(script, toy):
     assert rollout.obs[:, 0, 0].tolist() == [-1, 1, 2, -1]
 
 
-@each_continuous
+@each_script
 def test_returns_are_those_of_an_unwrapped_environment(script):
-    envs = script.make_envs("Hopper-v5", 1, seed=5)
+    env_id = "Hopper-v5" if script in CONTINUOUS else "CartPole-v1"
+    envs = script.make_envs(env_id, 1, seed=5)
     start = envs.rng_states[0]
-    actions = np.random.default_rng(0).uniform(-1, 1, (200, 1, 3)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    if script in CONTINUOUS:
+        actions = rng.uniform(-1, 1, (200, 1, 3)).astype(np.float32)
+    else:
+        actions = rng.integers(2, size=(200, 1))
     for action in actions:
         envs.step(action)
 
-    env, expected = gym.make("Hopper-v5").unwrapped, []
+    env = gym.make(env_id).unwrapped
+    expected = []
     env.reset(seed=0)
     env.np_random.bit_generator.state = start
     env.reset()
@@ -105,47 +145,315 @@ def test_returns_are_those_of_an_unwrapped_environment(script):
     np.testing.assert_allclose(envs.episodes, expected, rtol=1e-6)
 
 
-@each_continuous
+def scaled(script, rewards, carry, gamma):
+    """`prepare` of a rollout with these rewards (T, N), whose episodes never end."""
+    args = filled(script)
+    space = gym.spaces.Box(-1, 1, (1,)) if script in CONTINUOUS else gym.spaces.Discrete(3)
+    networks = make_networks(script, (3,), space, args)
+    never = torch.zeros(rewards.shape, dtype=torch.bool)
+    obs = torch.zeros(*rewards.shape, 3)
+    raw = script.Rollout(obs, obs, torch.zeros(*rewards.shape, 1), rewards, never, never)
+    return script.prepare(raw, *networks, carry, gamma, args)
+
+
+@each_with_a_rollout
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 def test_rewards_are_scaled_by_the_std_of_the_discounted_return(script, scale):
-    policy, critic, _, rng, args = first_networks(script, num_steps=64, num_envs=4)
-    shape = (64, 4)
-    rewards = scale * torch.randn(shape, dtype=torch.float64)
-    never = torch.zeros(shape, dtype=torch.bool)
-    obs = torch.zeros(*shape, 3)
-    raw = script.Rollout(obs, obs, torch.zeros(*shape, 1), rewards, never, never)
+    rewards = scale * torch.randn(64, 4, dtype=torch.float64)
     start = torch.zeros(4, dtype=torch.float64)
-    critic = script.Critic((3,), args)
-    ready, carry = script.prepare(raw, policy, critic, start, 0.9, args)
+    ready, carry = scaled(script, rewards, start, 0.9)
+    never = torch.zeros(64, 4, dtype=torch.bool)
     sums, last = script.rolling_discounted_sums(rewards, never, start, 0.9)
     expected = (rewards / sums.std(correction=0)).clamp(-10, 10).float()
     torch.testing.assert_close(ready.rewards, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(carry, last)
 
 
-@each_continuous
+@each_with_a_rollout
 def test_scaled_rewards_are_clipped(script):
-    policy, critic, _, _, args = first_networks(script)
     rewards = torch.zeros(1000, 1, dtype=torch.float64)
     rewards[500] = -1.0  # 30 standard deviations
-    never = torch.zeros(1000, 1, dtype=torch.bool)
-    obs = torch.zeros(1000, 1, 3)
-    raw = script.Rollout(obs, obs, torch.zeros(1000, 1, 1), rewards, never, never)
-    carry = torch.zeros(1, dtype=torch.float64)
-    ready, _ = script.prepare(raw, policy, script.Critic((3,), args), carry, 0.0, args)
+    ready, _ = scaled(script, rewards, torch.zeros(1, dtype=torch.float64), 0.0)
     assert ready.rewards.min() == -10
+
+
+def stored_rewards(script, inputs):
+    """Rewards (T, N) that `update` learns from."""
+    if script is acer_discrete:
+        return inputs[4].newest().rewards
+    return inputs[3].rewards
+
+
+@each_discrete
+@pytest.mark.parametrize("clip", [True, False])
+def test_learning_sees_clipped_rewards_and_the_log_raw_scores(script, monkeypatch, clip):
+    seen = []
+    update = script.update
+    monkeypatch.setattr(
+        script, "update", lambda *x: seen.append(stored_rewards(script, x).clone()) or update(*x)
+    )
+    flags = {"env_id": "CutCatch-v0", "hidden_sizes": (16,), "num_steps": 12}
+    args = make_args(script, **flags, clip_rewards=clip, total_timesteps=240)
+    *_, metrics = script.GENERATOR(args)
+    rewards = torch.stack(seen).flatten()
+    assert set(rewards.tolist()) == ({0.0, 1.0, -1.0} if clip else {0.0, 5.0, -5.0})
+    total = rewards.sum().item() * (5 if clip else 1)
+    assert metrics["episodic_return"] == pytest.approx(total / 40)  # of 240 / 6 episodes
+
+
+# ---- Games of ALE ----
+
+
+BREAKOUT = "ALE/Breakout-v5"
+
+
+def no_noops(monkeypatch):
+    monkeypatch.setattr(ale_py, "AtariVectorEnv", partial(ale_py.AtariVectorEnv, noop_max=0))
+
+
+def play(script, steps, game=BREAKOUT, num_envs=1, seed=0, life_loss=True, **kwargs):
+    """Play at random. Returns the envs, the actions, and results of the steps with obs after."""
+    envs = script.make_envs(game, num_envs, seed, life_loss=life_loss, **kwargs)
+    rng = np.random.default_rng(seed)
+    actions = [rng.integers(envs.action_space.n, size=num_envs) for _ in range(steps)]
+    played = []
+    for action in actions:
+        result = envs.step(action)
+        played.append((*(x.copy() for x in result), envs.obs.copy()))
+    return envs, actions, played
+
+
+@each_discrete
+def test_breakout_loses_five_lives_a_game_and_scores_as_an_unwrapped_game(script, monkeypatch):
+    no_noops(monkeypatch)
+    envs, actions, played = play(script, 1500)
+    ends = [t for t, (_, _, terminated, *_) in enumerate(played) if terminated[0]]
+    assert len(envs.episodes) >= 4 and not any(step[3].any() for step in played)
+    lengths = [length for _, length in envs.episodes]
+    fifths = [t + 1 for t in ends[4::5]]  # five terminal signals a game
+    assert fifths == np.cumsum(lengths).tolist()
+
+    game = ale_py.ALEInterface()
+    game.setFloat("repeat_action_probability", 0.0)
+    game.loadROM(ale_py.roms.get_rom_path("breakout"))
+    buttons = game.getMinimalActionSet()
+    scores = []
+    remaining = iter(actions)
+    for length in lengths:
+        game.reset_game()
+        game.act(buttons[1])  # fire, as on reset
+        scores.append(0)
+        lives = game.lives()
+        lost = False
+        for _ in range(length):
+            assert not game.game_over()
+            chosen = next(remaining)[0]
+            action = buttons[1 if lost else chosen]  # a life begins with fire
+            scores[-1] += sum(game.act(action) for _ in range(4))
+            lost = game.lives() < lives
+            lives = game.lives()
+        assert game.game_over()
+    assert scores == [score for score, _ in envs.episodes] and sum(scores) > 0
+
+
+@each_discrete
+def test_each_life_begins_with_fire(script):
+    envs = script.make_envs(BREAKOUT, 4, 0, life_loss=True)
+    lives = envs.step(np.ones(4, int))[2].astype(int)
+    for _ in range(300):
+        lives += envs.step(np.zeros(4, int))[2]  # never again by choice
+    assert (lives > 10).all()
+    assert script.make_envs("ALE/Qbert-v5", 1, 0).has_fire
+    assert not script.make_envs("ALE/MsPacman-v5", 1, 0).has_fire  # no such button
+
+
+@each_discrete
+def test_full_games_end_only_once_all_lives_are_lost(script):
+    envs, _, played = play(script, 1000, life_loss=False)
+    assert len(envs.episodes) >= 3
+    assert sum(int(step[2].sum()) for step in played) == len(envs.episodes)
+
+
+@each_discrete
+def test_pong_has_no_lives_to_lose(script):
+    envs, _, played = play(script, 1100, "ALE/Pong-v5", num_envs=2)
+    assert sum(int(step[2].sum()) for step in played) == len(envs.episodes) >= 2
+    assert all(-21 <= score <= -15 for score, _ in envs.episodes)
+
+
+@each_discrete
+def test_truncated_games_have_their_true_successor_and_frames_never_mix(script, monkeypatch):
+    monkeypatch.setattr(script, "MAX_FRAMES", 200)
+    envs, _, played = play(script, 150, num_envs=3)
+    assert sum(int(step[3].sum()) for step in played) >= 6
+    assert sorted({length for _, length in envs.episodes}) == [50]
+    for t, (next_obs, _, _, truncated, obs) in enumerate(played):
+        for n in range(3):
+            fresh = t > 0 and played[t - 1][3][n]
+            if truncated[n]:
+                assert not obs[n, :3].any() and obs[n, 3].any()  # nothing of the game before
+                assert next_obs[n, 3].any()
+            else:
+                assert np.array_equal(next_obs[n], obs[n])
+            if t > 0 and not fresh:
+                assert np.array_equal(next_obs[n, :3], played[t - 1][4][n, 1:])
+
+
+@each_discrete
+def test_games_are_stepped_as_the_constants_say(script, monkeypatch):
+    starts = set(play(script, 0, num_envs=8)[0].frames.tolist())
+    assert len(starts) > 3 and 1 <= min(starts) < max(starts) <= 31  # no-ops, then fire
+    monkeypatch.setattr(script, "FRAME_STACK", 2)
+    monkeypatch.setattr(script, "FRAME_SKIP", 3)
+    no_noops(monkeypatch)
+    envs, _, _ = play(script, 3)
+    assert envs.obs.shape == (1, 2, 84, 84) and envs.obs.dtype == np.uint8
+    assert envs.frames.tolist() == [1 + 3 * 3] and envs.fps == 20
+
+
+@each_discrete
+def test_sticky_actions_change_the_game(script):
+    _, _, plain = play(script, 60, seed=3)
+    _, _, again = play(script, 60, seed=3)
+    _, _, sticky = play(script, 60, seed=3, repeat_action_probability=0.25)
+    assert all(np.array_equal(a[4], b[4]) for a, b in zip(plain, again, strict=True))
+    assert any(not np.array_equal(a[4], b[4]) for a, b in zip(plain, sticky, strict=True))
+
+
+@each_discrete
+def test_colour_pictures_show_the_first_game(script):
+    options = {"repeat_action_probability": 0.25, "render_mode": "rgb_array"}
+    envs = script.make_envs(BREAKOUT, 2, 0, **options)
+    rng = np.random.default_rng(0)
+    differences = []
+    for _ in range(100):
+        envs.step(rng.integers(4, size=2))
+        picture = envs.render()
+        assert picture.shape == (210, 160, 3) and picture.dtype == np.uint8
+        gray = (picture @ np.array([0.299, 0.587, 0.114])).reshape(42, 5, 4, 40).mean((1, 3))
+        seen = envs.obs[:, -1].reshape(2, 42, 2, 4, 21).mean((2, 4))  # (2, 42, 4)
+        differences.append(np.abs(seen - gray).max((1, 2)))
+    first, second = np.array(differences).T
+    assert first.max() < 10 and np.mean(second > 10) > 0.5  # of the first game, not of the second
+
+
+@each_discrete
+def test_seeds_do_not_share_games(script):
+    frames = [script.make_envs(BREAKOUT, 4, seed).frames.tolist() for seed in (1, 2, 1)]
+    assert frames[0] == frames[2] and frames[0] != frames[1]
+    assert len(set(frames[0])) > 2 and frames[0][1:] != frames[1][:-1]
+
+
+@each_discrete
+def test_a_resumed_game_goes_on_from_new_seeds(script, monkeypatch):
+    seen = []
+    collect = script.collect
+    monkeypatch.setattr(
+        script, "collect", lambda envs, *x: seen.append(envs.frames.tolist()) or collect(envs, *x)
+    )
+    changes = {"env_id": BREAKOUT, "num_steps": 6, "hidden_sizes": (16,)}
+    args = make_args(script, **changes, total_timesteps=48)
+    seed = script.stream_seed(args.seed, "environments")
+    starts = [script.make_envs(BREAKOUT, 2, seed, x).frames.tolist() for x in (None, [12])]
+    state = {}
+    iterations = script.GENERATOR(args, state)
+    next(iterations)
+    next(iterations)
+    iterations.close()
+    assert state["env_rng_states"] == [12]
+    list(script.GENERATOR(args, state))
+    assert state["step"] == 48 and starts[0] != starts[1]
+    assert seen[::2] == starts
+
+
+@each_discrete
+@pytest.mark.parametrize("clip, life_loss", [(True, True), (False, False)])
+def test_lost_lives_end_returns_as_asked(script, monkeypatch, clip, life_loss):
+    """Every reward is made 7 times as large, and actions are random."""
+    rewards, terminated = [], []
+    step = script.AtariEnvs.step
+    rng = np.random.default_rng(0)
+
+    def louder(envs, actions):
+        next_obs, reward, *ends = step(envs, rng.integers(4, size=2))
+        return next_obs, 7 * reward, *ends
+
+    def spy(*inputs):  # in place of an update, which takes long
+        batch = inputs[4].newest() if script is acer_discrete else inputs[3]
+        rewards.append(batch.rewards)
+        terminated.append(batch.terminated)
+        return {"policy_loss": 0.0, "value_loss": 0.0}
+
+    monkeypatch.setattr(script, "update", spy)
+    monkeypatch.setattr(script.AtariEnvs, "step", louder)
+    changes = {"env_id": BREAKOUT, "num_steps": 50, "seed": 3, "hidden_sizes": (16,)}
+    changes |= {"clip_rewards": clip, "life_loss_terminal": life_loss, "total_timesteps": 800}
+    state = {}
+    list(script.GENERATOR(make_args(script, **changes), state))
+    games = len(state["episodes"])
+    lost = int(torch.stack(terminated).sum())
+    assert torch.stack(rewards).unique().tolist() == ([0, 1] if clip else [0, 7])
+    assert games >= 2 and (lost >= 4 * games if life_loss else lost == games)
+
+
+@pytest.mark.parametrize(
+    "env_id, num_steps", [(BREAKOUT, 130), ("CutCatch-v0", 12), ("Catch-v0", 12)]
+)
+def test_a_rollout_of_images_is_what_happened_and_truncations_bootstrap(
+    monkeypatch, env_id, num_steps
+):
+    monkeypatch.setattr(ppo_atari, "MAX_FRAMES", 160)
+    torch.manual_seed(0)
+    envs = ppo_atari.make_envs(env_id, 2, 0, life_loss=True)
+    flags = {"orthogonal_init": False, "hidden_sizes": (32,), "norm_obs": False}
+    args = ppo_atari.fill_defaults(ppo_atari.Args(**flags), images=True)
+    policy = ppo_atari.ActorCritic(envs.obs.shape[1:], int(envs.action_space.n), args)
+    steps = []
+    step = envs.step
+
+    def spy(actions):
+        steps.append((actions, *step(actions), envs.obs))
+        return steps[-1][1:5]
+
+    envs.step = spy
+    first = envs.obs.copy()
+    raw = ppo_atari.collect(envs, policy, torch.Generator().manual_seed(0), num_steps)
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*steps, strict=True)]
+    actions, next_obs, rewards, terminated, truncated, obs = columns
+    acted_on = torch.cat([torch.from_numpy(first)[None], obs[:-1]])
+    expected = (acted_on, next_obs, actions, rewards, terminated, terminated | truncated)
+    assert all(torch.equal(a, b) for a, b in zip(raw, expected, strict=True))
+
+    seen = []
+    gae = ppo_atari.gae
+    monkeypatch.setattr(ppo_atari, "gae", lambda *x: seen.append(x) or gae(*x))
+    rollout, _ = ppo_atari.prepare(raw, policy, torch.zeros(2), 0.99, args)
+    ppo_atari.advantages(policy, rollout, 0.99, args)
+    (_, values, next_values, *_) = seen[0]
+    with torch.no_grad():
+        _, expected = policy(acted_on)
+        _, successors = policy(next_obs)
+        _, after = policy(obs)
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-4)
+    alive = ~terminated
+    torch.testing.assert_close(next_values[alive], successors[alive], atol=1e-5, rtol=1e-4)
+    assert truncated.any() == (env_id != "Catch-v0")
+    assert terminated.any() == (env_id != "CutCatch-v0")
+    if truncated.any():  # the two could be told apart
+        assert (successors - after)[truncated].abs().max() > 1e-4
 
 
 # ---- Random streams ----
 
 
-@each_continuous
+@each_script
 def test_seeds_do_not_share_environment_streams(script):
-    first, second = (script.make_envs("Pendulum-v1", 4, seed).obs for seed in (1, 2))
+    env_id = small(script)["env_id"]
+    first, second = (script.make_envs(env_id, 4, seed).obs for seed in (1, 2))
     assert len(np.unique(np.concatenate([first, second])[:, 0])) == 8
 
 
-@each_continuous
+@each_script
 def test_random_streams_differ(script):
     seeds = {(s, name): script.stream_seed(s, name) for s in range(50) for name in script.STREAMS}
     assert len(set(seeds.values())) == 50 * len(script.STREAMS) and len(script.STREAMS) == 5
@@ -153,43 +461,44 @@ def test_random_streams_differ(script):
     assert len({tuple(x.tolist()) for x in numbers}) == len(seeds)
 
 
-@each_continuous
+@each_script
 def test_a_run_draws_weights_noise_and_order_from_different_streams(script, monkeypatch):
-    drawn = {"noise": [], "seeds": []}
-    sample, make_envs = script.Policy.sample, script.make_envs
+    noise, orders, seeds = [], [], []
+    network = script.Policy if script in CONTINUOUS else script.ActorCritic
+    sample, make_envs, update = network.sample, script.make_envs, script.update
 
     def spy_sample(policy, obs, rng=None):
-        drawn["noise"].append(rng.initial_seed())
+        noise.append(rng.initial_seed())
         return sample(policy, obs, rng)
 
     def spy_make(env_id, num_envs, seed, *rest, **kwargs):
-        drawn["seeds"].append(seed)
+        if rest:  # not the one that is only looked at
+            seeds.append(seed)
         return make_envs(env_id, num_envs, seed, *rest, **kwargs)
 
-    monkeypatch.setattr(script.Policy, "sample", spy_sample)
+    def spy_update(*inputs):
+        (rng,) = [x for x in inputs if isinstance(x, torch.Generator)]
+        before = rng.get_state()
+        metrics = update(*inputs)
+        if not torch.equal(rng.get_state(), before):
+            orders.append(rng.initial_seed())
+        return metrics
+
+    monkeypatch.setattr(network, "sample", spy_sample)
     monkeypatch.setattr(script, "make_envs", spy_make)
-    monkeypatch.setattr(torch, "manual_seed", lambda s: drawn["seeds"].append(s))
-    args = make_args(script, total_timesteps=64, seed=7)
-    orders = []
-    randperm = torch.randperm
-    monkeypatch.setattr(
-        torch,
-        "randperm",
-        lambda n, generator: (
-            orders.append(generator.initial_seed()) or randperm(n, generator=generator)
-        ),
-    )
-    next(script.GENERATOR(args))
+    monkeypatch.setattr(script, "update", spy_update)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
+    list(script.GENERATOR(make_args(script, total_timesteps=256, seed=7)))
     expected = {name: script.stream_seed(7, name) for name in script.STREAMS}
-    assert set(drawn["noise"]) == {expected["exploration"]}
+    assert set(noise) == {expected["exploration"]}
     assert set(orders) == {expected["minibatches"]}
-    assert drawn["seeds"] == [expected["weights"], expected["environments"]]
+    assert seeds == [expected["weights"], expected["environments"]]
 
 
 # ---- Statistics ----
 
 
-@each_continuous
+@each_with_a_rollout
 def test_the_first_update_has_the_statistics_of_its_own_rollout(script, monkeypatch):
     """π_old, V and the ratio of iteration 1 are computed under them; later ones come after."""
     raws, inputs, policies = [], [], []
@@ -201,9 +510,12 @@ def test_the_first_update_has_the_statistics_of_its_own_rollout(script, monkeypa
         return raws[-1]
 
     def compile_step(step):
-        def spied(policy, critic, optimizer, batch, *rest):
-            inputs[-1].append(batch.inputs)
-            return step(policy, critic, optimizer, batch, *rest)
+        def spied(*batch):
+            if script is trpo_continuous:
+                inputs[-1].append(batch[2])
+            else:
+                inputs[-1] += [x.inputs for x in batch if isinstance(x, script.Batch)]
+            return step(*batch)
 
         return spied
 
@@ -227,7 +539,7 @@ def test_the_first_update_has_the_statistics_of_its_own_rollout(script, monkeypa
 # ---- What environments may give ----
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32, np.uint8])
 def test_observations_of_any_type(script, toy, dtype):
     toy(dtype=dtype)
@@ -238,7 +550,7 @@ def test_observations_of_any_type(script, toy, dtype):
     assert metrics["episodic_return"] == 10 and math.isfinite(metrics["policy_loss"])
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("value", [0.5, np.nan])
 def test_an_integer_box_takes_no_fractions(script, toy, value):
     toy(dtype=np.int32, step=lambda env: (np.array([1, value]), 1.0, False, env.time >= 9, {}))
@@ -247,18 +559,22 @@ def test_an_integer_box_takes_no_fractions(script, toy, value):
         list(script.GENERATOR(args))
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("reward", [np.float32(1), np.int8(1), True, 1, np.array(1.0), 1e-30, 1e30])
 @pytest.mark.parametrize("over", [np.bool_(True), 1, True, np.array(True)])
 def test_rewards_and_flags_of_any_type(script, toy, reward, over):
     toy(step=lambda env: (env.obs(), reward, over if env.time >= 4 else False, False, {}))
     args = make_args(script, env_id="Toy-v0", total_timesteps=64)
+    if script is acer_discrete and float(reward) > 1e20:  # it does not scale rewards
+        with pytest.raises(script.NonFiniteError, match="losses, iteration 1"):
+            next(script.GENERATOR(args))
+        return
     metrics = next(script.GENERATOR(args))
     assert metrics["episodic_return"] == pytest.approx(4 * float(reward))
     assert metrics["episodic_length"] == 4 and math.isfinite(metrics["policy_loss"])
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "result, said",
     [
@@ -275,7 +591,7 @@ def test_rewards_and_flags_of_any_type(script, toy, reward, over):
 )
 def test_a_mistake_of_an_environment_is_named(script, toy, result, said):
     def step(env):
-        wrong = env.time == 5 and Toy.made == 2 and env.count == 15
+        wrong = env.time == 5 and env.count == 15
         return result(env.obs()) if wrong else (env.obs(), 1.0, False, env.time >= 10, {})
 
     toy(step=step)
@@ -284,10 +600,10 @@ def test_a_mistake_of_an_environment_is_named(script, toy, result, said):
         list(script.GENERATOR(args))
     message = str(caught.value)
     assert "environment 0, step 5 of its episode" in message and said in message
-    assert "\n" not in message and Toy.made == Toy.closed == 2
+    assert "\n" not in message and Toy.made == Toy.closed == 2 + (script in DISCRETE)
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "result, said",
     [
@@ -308,14 +624,29 @@ def test_a_mistake_of_a_reset_is_named(script, toy, result, said):
 
 BOX = gym.spaces.Box(-1, 1, (2,))
 IMAGE = gym.spaces.Box(0, 255, (3, 84, 84), np.uint8)
+CHANNELS_LAST = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+TOO_LOW = gym.spaces.Box(0, 255, (3, 35, 84), np.uint8)
+
+
+def hint_of(script, obs, actions):
+    """What check_spaces says after the spaces, or None if it takes them."""
+    env = gym.Env()
+    env.observation_space, env.action_space = obs, actions
+    try:
+        script.check_spaces(env, "X-v0")
+    except script.InputError as error:
+        assert "\n" not in str(error) and "this script needs" in str(error)
+        return str(error).partition("this script needs")[2]
+    return None
 
 
 @each_continuous
 @pytest.mark.parametrize(
     "obs, actions, hint",
     [
-        (BOX, gym.spaces.Discrete(3), "acer_discrete.py takes discrete actions"),
-        (IMAGE, gym.spaces.Discrete(3), "acer_discrete.py takes discrete actions"),
+        (BOX, BOX, None),
+        (BOX, gym.spaces.Discrete(3), "ppo_atari.py and acer_discrete.py take discrete actions"),
+        (IMAGE, gym.spaces.Discrete(3), "ppo_atari.py and acer_discrete.py take discrete actions"),
         (BOX, gym.spaces.Discrete(3, start=1), "from 0: shift them with the wrapper"),
         (BOX, gym.spaces.MultiDiscrete([3, 2]), "No script here takes it"),
         (BOX, gym.spaces.MultiBinary(4), "No script here takes it"),
@@ -330,15 +661,53 @@ IMAGE = gym.spaces.Box(0, 255, (3, 84, 84), np.uint8)
         (gym.spaces.Discrete(5), gym.spaces.Discrete(3), "No script here takes it"),
     ],
 )
-def test_a_wrong_space_leads_to_a_script_that_takes_it_or_to_none(script, obs, actions, hint):
-    env = gym.Env()
-    env.observation_space, env.action_space = obs, actions
-    with pytest.raises(script.InputError) as caught:
-        script.check_spaces(env, "X-v0")
-    assert hint in str(caught.value) and "\n" not in str(caught.value)
+def test_a_wrong_space_of_a_continuous_script(script, obs, actions, hint):
+    found = hint_of(script, obs, actions)
+    assert found is None if hint is None else hint in found
 
 
-@each_continuous
+@each_discrete
+@pytest.mark.parametrize(
+    "obs, actions, hint",
+    [
+        (BOX, gym.spaces.Discrete(3), None),
+        (IMAGE, gym.spaces.Discrete(3), None),
+        (gym.spaces.Box(0, 255, (4, 36, 40), np.uint8), gym.spaces.Discrete(3), None),
+        (BOX, BOX, "ppo_continuous.py takes continuous actions"),
+        (BOX, gym.spaces.Discrete(3, start=1), "Shift the actions with the wrapper"),
+        (BOX, gym.spaces.MultiDiscrete([3, 2]), "No script here takes it"),
+        (BOX, gym.spaces.Box(0, 9, (2,), np.int64), "No script here takes it"),
+        (CHANNELS_LAST, gym.spaces.Discrete(3), "with the wrapper TransformObservation"),
+        (TOO_LOW, gym.spaces.Discrete(3), "of 36 x 36 pixels or more. Turn its images"),
+        (gym.spaces.Dict(a=BOX), gym.spaces.Discrete(3), "Wrap it in FlattenObservation"),
+        (gym.spaces.Box(-1, 1, (2, 2)), gym.spaces.Discrete(3), "Wrap it in FlattenObservation"),
+        (gym.spaces.Discrete(5), gym.spaces.Discrete(3), "Wrap it in FlattenObservation"),
+    ],
+)
+def test_a_wrong_space_of_a_discrete_script(script, obs, actions, hint):
+    found = hint_of(script, obs, actions)
+    assert found is None if hint is None else hint in found
+
+
+OBSERVATIONS = [BOX, IMAGE, gym.spaces.Box(-1, 1, (0,)), gym.spaces.Box(-1, 1, (2, 2))]
+OBSERVATIONS += [gym.spaces.Dict(a=BOX), gym.spaces.Discrete(5)]
+ACTIONS = [BOX, gym.spaces.Discrete(3), gym.spaces.MultiDiscrete([3, 2])]
+ACTIONS += [gym.spaces.Box(-1, 1, (2, 2)), gym.spaces.Box(0, 9, (2,), np.int64)]
+
+
+@each_script
+def test_a_script_that_is_named_takes_these_spaces(script):
+    wrong = []
+    for obs, actions in itertools.product(OBSERVATIONS, ACTIONS):
+        hint = hint_of(script, obs, actions) or ""
+        named = {other.ALGORITHM for other in EVERY_SCRIPT if f"{other.ALGORITHM}.py" in hint}
+        takers = {other.ALGORITHM for other in EVERY_SCRIPT if not hint_of(other, obs, actions)}
+        if not named <= takers or (takers and "No script here takes it" in hint):
+            wrong.append(f"{obs}, {actions}: {hint}")
+    assert not wrong
+
+
+@each_script
 def test_every_valid_way_to_write_an_id(script, toy):
     toy()
     gym.register("a_space/Spaced-v2", Toy, disable_env_checker=True)
@@ -355,7 +724,7 @@ def test_every_valid_way_to_write_an_id(script, toy):
         assert script.task_name(env_id) == name
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "env_id", ["NoSuchTask-v0", "nomodule:Task-v0", "a b!c", "", "a:b:c", ":Toy-v0"]
 )
@@ -368,7 +737,7 @@ def test_an_id_that_does_not_exist_is_one_line(script, env_id):
 # ---- Closing ----
 
 
-@each_continuous
+@each_script
 def test_every_environment_is_closed_once_after_a_run(script, toy, tmp_path):
     toy()
     args = make_args(script, env_id="Toy-v0", total_timesteps=128, eval_episodes=2)
@@ -376,11 +745,13 @@ def test_every_environment_is_closed_once_after_a_run(script, toy, tmp_path):
     assert Toy.made == Toy.closed >= 6
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("failing", ["make", "step", "abandoned"])
 def test_every_environment_is_closed_once_after_an_error(script, toy, failing):
+    looked_at = 1 if script in DISCRETE else 0  # by observes_images
+
     def make(count):
-        if failing == "make" and count == 3:
+        if failing == "make" and count == 3 + looked_at:
             raise RuntimeError("the third of four")
 
     def step(env):
@@ -397,12 +768,12 @@ def test_every_environment_is_closed_once_after_an_error(script, toy, failing):
     else:
         with pytest.raises(RuntimeError):
             list(iterations)
-    assert Toy.closed == (2 if failing == "make" else 4)
+    assert Toy.closed == looked_at + (2 if failing == "make" else 4)
     iterations.close()
-    assert Toy.closed == (2 if failing == "make" else 4)
+    assert Toy.closed == looked_at + (2 if failing == "make" else 4)
 
 
-@each_continuous
+@each_script
 def test_an_environment_that_fails_to_close_leaves_no_other_open(script, toy, monkeypatch):
     toy()
     close = Toy.close
@@ -422,7 +793,7 @@ def test_an_environment_that_fails_to_close_leaves_no_other_open(script, toy, mo
 # ---- Random states ----
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64", "old", "own"])
 def test_random_states_of_every_kind_are_saved_and_restored(script, toy, kind, tmp_path):
     def reset(env):
@@ -453,5 +824,7 @@ def test_random_states_of_every_kind_are_saved_and_restored(script, toy, kind, t
         np.testing.assert_array_equal(envs.obs, again.obs)
 
 
-def test_the_toy_counts():
-    assert ppo.to_python({"a": [np.float64(1), (np.arange(2),)]}) == {"a": [1.0, ([0, 1],)]}
+@each_script
+def test_values_of_libraries_become_those_of_python(script):
+    value = {"a": [np.float64(1), (np.arange(2), torch.ones(1))]}
+    assert script.to_python(value) == {"a": [1.0, ([0, 1], [1.0])]}

@@ -22,19 +22,38 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CONTINUOUS,
+    DISCRETE,
+    EVERY_SCRIPT,
     ROOT,
     SMALL,
     Chain,
     Toy,
     each_continuous,
+    each_discrete,
+    each_script,
     fingerprint,
     make_args,
+    small,
     small_flags,
 )
 
+import acer_discrete
+import ppo_atari
 import ppo_continuous as ppo
+import trpo_continuous
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+
+def name_of(value):
+    """The name of a script, for the ids of tests."""
+    return getattr(value, "ALGORITHM", None)
+
+
+def with_fields(script, **changes):
+    """Those of the changes that are fields of this script's Args."""
+    return {name: value for name, value in changes.items() if hasattr(script.Args, name)}
 
 
 def rows_of(run_dir, leave_out=("seconds", "SPS")):
@@ -60,57 +79,141 @@ class After(list):
 # ---- The same run again, and resumed ----
 
 
-@each_continuous
+@each_script
 def test_same_seed_same_run(script, tmp_path):
     hashes = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        changes = {"env_id": "Hopper-v5", "total_timesteps": 320, "seed": seed}
+        changes = {"total_timesteps": 320, "seed": seed}
+        changes |= {"env_id": "Hopper-v5"} if script in CONTINUOUS else {}
         result = train_small(script, tmp_path / name, **changes)
         hashes.append(fingerprint(result["checkpoint"]))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-RESUMED = {"num_steps": 1000, "num_minibatches": 10, "total_timesteps": 8000}
+@each_discrete
+def test_same_seed_same_games(script, tmp_path):
+    hashes = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        changes = {"env_id": "ALE/Breakout-v5", "hidden_sizes": (16,), "num_steps": 12}
+        result = train_small(script, tmp_path / name, **changes, total_timesteps=48, seed=seed)
+        hashes.append(fingerprint(result["checkpoint"]))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
-@each_continuous
-@pytest.mark.parametrize("surrogate", ["clip", "kl-adaptive"])
-def test_resumed_run_equals_uninterrupted_run(script, tmp_path, surrogate):
-    changes = {**RESUMED, "env_id": "HalfCheetah-v5", "surrogate": surrogate}
-    if surrogate == "kl-adaptive":
-        changes |= {"anneal_lr": False, "return_floor": 0.0}
-    whole = train_small(script, tmp_path / "whole", **changes)
-    assert whole["steps"] == 8000
+# Episodes end with the rollouts, so that a resumed run can be the same to the last bit.
+CHEETAH = {"env_id": "HalfCheetah-v5", "num_steps": 1000, "num_minibatches": 10}
+CHAIN = {"env_id": "EndlessChain-v0", "num_steps": 30}
+CATCH = {"env_id": "Catch-v0", "num_steps": 6, "hidden_sizes": (16,)}
+ADAPTIVE = {"surrogate": "kl-adaptive", "anneal_lr": False, "return_floor": 0.0}
+RESUMED = [
+    (ppo, CHEETAH),
+    (ppo, CHEETAH | ADAPTIVE),
+    (trpo_continuous, CHEETAH | {"fisher_subsample": 0.5}),
+    (ppo_atari, CHAIN),
+    (ppo_atari, CATCH),
+    (acer_discrete, CHAIN | {"save_replay": True}),
+    (acer_discrete, CATCH | {"save_replay": True, "replay_start": 6}),
+]
 
-    args = make_args(script, **changes, run_dir=str(tmp_path / "parts" / "run"))
+
+@pytest.mark.parametrize("script, changes", RESUMED, ids=name_of)
+def test_resumed_run_equals_uninterrupted_run(script, changes, tmp_path):
+    args = make_args(script, **changes)
+    batch = args.num_envs * args.num_steps
+    total = 4 * batch
+    whole = train_small(script, tmp_path / "whole", **changes, total_timesteps=total)
+    assert whole["steps"] == total
+
+    run_dir = str(tmp_path / "parts" / "run")
+    args = dataclasses.replace(args, total_timesteps=total, run_dir=run_dir)
     half = script.train(args, After(1))
-    assert half["steps"] == 4000 and half["eval_return"] is None
+    assert half["steps"] == 2 * batch and half["eval_return"] is None
     rest = script.train(dataclasses.replace(args, run_dir=None, resume=half["checkpoint"]))
-    assert rest["steps"] == 8000 and rest["run_dir"] == half["run_dir"]
+    assert rest["steps"] == total and rest["run_dir"] == half["run_dir"]
     assert fingerprint(rest["checkpoint"]) == fingerprint(whole["checkpoint"])
     assert rows_of(rest["run_dir"]) == rows_of(whole["run_dir"])
     assert len(rows_of(rest["run_dir"])) == 4
 
 
-@each_continuous
+def test_without_save_replay_a_resumed_memory_is_empty(tmp_path):
+    changes = CATCH | {"replay_start": 12, "replay_ratio": 50.0}
+    half = train_small(acer_discrete, tmp_path, **changes, total_timesteps=48)
+    assert "replay" not in acer_discrete.load_checkpoint(half["checkpoint"])
+    args = make_args(acer_discrete, **changes, total_timesteps=96, resume=half["checkpoint"])
+    rest = acer_discrete.train(args)
+    updates = [float(row["replay_updates"]) for row in rows_of(rest["run_dir"])]
+    assert [x > 0 for x in updates] == [False, True, True, True, False, True, True, True]
+
+
+def test_with_save_replay_the_memory_goes_on(tmp_path):
+    changes = CATCH | {"replay_start": 12, "replay_ratio": 50.0, "save_replay": True}
+    changes |= {"replay_capacity": 18}
+    half = train_small(acer_discrete, tmp_path, **changes, total_timesteps=48)
+    saved = acer_discrete.load_checkpoint(half["checkpoint"])["replay"]
+    assert saved["count"] == 4 and saved["memory"]["rewards"].shape == (3, 6, 2)
+    args = make_args(acer_discrete, **changes, total_timesteps=96, resume=half["checkpoint"])
+    rest = acer_discrete.train(args)
+    updates = [float(row["replay_updates"]) for row in rows_of(rest["run_dir"])]
+    assert [x > 0 for x in updates] == [False] + [True] * 7
+    assert acer_discrete.load_checkpoint(rest["checkpoint"])["replay"]["count"] == 8
+
+
+def test_resuming_without_save_replay_takes_the_memory_and_stores_it_no_more(tmp_path):
+    changes = CATCH | {"replay_start": 12, "replay_ratio": 50.0}
+    first = changes | {"save_replay": True, "total_timesteps": 48}
+    half = train_small(acer_discrete, tmp_path, **first)
+    args = make_args(acer_discrete, **changes, total_timesteps=60, resume=half["checkpoint"])
+    rest = acer_discrete.train(args)
+    assert float(rows_of(rest["run_dir"])[-1]["replay_updates"]) > 0
+    assert "replay" not in acer_discrete.load_checkpoint(rest["checkpoint"])
+
+
+CHOICES = [
+    (ppo, {"surrogate": "none", "norm_adv": True}),
+    (ppo, {"surrogate": "kl-fixed", "clip_vloss": True}),
+    (ppo, {"log_std_final": None, "ent_coef": 0.01, "gamma_final": 0.9}),
+    (ppo, {"recompute_advantages": False, "norm_obs": False, "norm_reward": False}),
+    (trpo_continuous, {"step": "truncated", "fisher_subsample": 0.2}),
+    (trpo_continuous, {"step": "natural", "norm_adv": False, "anneal_lr": False}),
+    (trpo_continuous, {"return_floor": 0.5, "norm_obs": False}),
+    (ppo_atari, CATCH | {"bf16": True, "clip_vloss": True}),
+    (ppo_atari, CATCH | {"norm_obs": False, "anneal_clip": True}),
+    (ppo_atari, {"gamma_final": 0.9, "norm_obs": False, "norm_reward": False}),
+    (acer_discrete, {"trunc_c": math.inf, "clip_rewards": False}),
+    (acer_discrete, CATCH | {"anneal_lr": True, "replay_start": 6}),
+]
+
+
+@pytest.mark.parametrize("script, changes", CHOICES, ids=name_of)
+def test_trains_with_other_choices(script, changes, tmp_path):
+    result = train_small(script, tmp_path, **changes, total_timesteps=192)
+    assert result["steps"] == 192
+    rows = rows_of(result["run_dir"])
+    assert all(math.isfinite(float(row["policy_loss"])) for row in rows)
+    saved = script.load_checkpoint(result["checkpoint"])["args"]
+    assert {name: saved[name] for name in changes} == changes
+
+
+@each_script
 def test_the_generator_broken_off_and_restored_equals_the_uninterrupted_one(script):
-    args = make_args(script, **RESUMED)
+    saves = with_fields(script, save_replay=True)
+    args = make_args(script, **CHAIN, **saves, total_timesteps=240)
     whole, parts = {}, {}
     rows = list(script.GENERATOR(args, whole))
     iterations = script.GENERATOR(args, parts)
     first = [next(iterations), next(iterations)]
     iterations.close()
     rest = list(script.GENERATOR(args, parts))
-    assert first + rest == rows
-    for name in ("policy", "critic", "adam"):
-        for key, value in whole[name].items():
-            other = parts[name][key]
-            same = torch.equal(value, other) if torch.is_tensor(value) else None
-            assert same or str(value) == str(other)
-    assert parts["step"] == whole["step"] and parts["episodes"] == whole["episodes"]
+    assert str(first + rest) == str(rows) and len(rows) == 4
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        assert str(parts[name]) == str(whole[name])
+    for name, value in whole["policy"].items():
+        assert str(value) == str(parts["policy"][name])
+        assert not torch.is_tensor(value) or torch.equal(value, parts["policy"][name])
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "damage",
     [
@@ -141,7 +244,7 @@ def test_a_damaged_progress_csv_does_not_stop_a_resumed_run(script, tmp_path, da
     assert whole == (steps[0] == "64")
 
 
-@each_continuous
+@each_script
 def test_rows_after_the_checkpoint_are_cut_and_seconds_go_on(script, tmp_path):
     result = train_small(script, tmp_path, total_timesteps=128)
     path = Path(result["run_dir"], "progress.csv")
@@ -157,7 +260,7 @@ def test_rows_after_the_checkpoint_are_cut_and_seconds_go_on(script, tmp_path):
     assert float(rows[-1]["seconds"]) >= 1000
 
 
-@each_continuous
+@each_script
 def test_a_finished_run_says_that_nothing_is_left(script, tmp_path, capsys):
     result = train_small(script, tmp_path, total_timesteps=128)
     before = fingerprint(result["checkpoint"])
@@ -171,7 +274,7 @@ def test_a_finished_run_says_that_nothing_is_left(script, tmp_path, capsys):
     assert [row["step"] for row in rows_of(result["run_dir"])] == ["64", "128"]
 
 
-@each_continuous
+@each_script
 def test_an_old_evaluation_does_not_outlive_its_weights(script, tmp_path):
     result = train_small(script, tmp_path, total_timesteps=128, eval_episodes=1)
     path = Path(result["run_dir"], "eval.json")
@@ -183,10 +286,11 @@ def test_an_old_evaluation_does_not_outlive_its_weights(script, tmp_path):
     assert not path.exists()
 
 
-def test_explicit_flags_win_over_the_checkpoint(tmp_path, command):
-    result = train_small(ppo, tmp_path, gamma=0.9, total_timesteps=128)
-    assert command(ppo, "--resume", result["checkpoint"], "--total-timesteps 256") == 0
-    saved = ppo.load_checkpoint(result["checkpoint"])
+@each_script
+def test_explicit_flags_win_over_the_checkpoint(script, tmp_path, command):
+    result = train_small(script, tmp_path, gamma=0.9, total_timesteps=128)
+    assert command(script, "--resume", result["checkpoint"], "--total-timesteps 256") == 0
+    saved = script.load_checkpoint(result["checkpoint"])
     assert saved["step"] == 256
     assert saved["args"]["gamma"] == 0.9 and saved["args"]["num_steps"] == 32
 
@@ -194,15 +298,15 @@ def test_explicit_flags_win_over_the_checkpoint(tmp_path, command):
 # ---- Checkpoints ----
 
 
-@each_continuous
+@each_script
 def test_fields_that_a_checkpoint_lacks_or_that_are_no_more(script, tmp_path, capsys):
     path = train_small(script, tmp_path, total_timesteps=64)["checkpoint"]
     saved = torch.load(path, weights_only=True)
     saved["args"] |= {"gone": 1, "also_gone": "x"}
-    del saved["args"]["gamma_final"], saved["args"]["gamma"]
+    del saved["args"]["video_dir"], saved["args"]["gamma"]
     torch.save(saved, path)
     args = script.Args(**script.load_checkpoint(path)["args"])
-    assert args.gamma == script.Args().gamma and args.gamma_final is None
+    assert args.gamma == script.Args().gamma and args.video_dir is None
     out = capsys.readouterr().out
     args = dataclasses.replace(args, resume=path, total_timesteps=128)
     assert script.train(args)["steps"] == 128
@@ -225,8 +329,11 @@ NUMBERS = {
 }
 
 
-@each_continuous
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "script, name",
+    [(script, name) for script in EVERY_SCRIPT for name in NUMBERS if hasattr(script.Args, name)],
+    ids=name_of,
+)
 def test_arguments_may_be_numbers_of_any_library(script, tmp_path, name):
     changes = {"total_timesteps": 128, name: NUMBERS[name]}
     result = script.train(make_args(script, **changes, run_dir=tmp_path / "run"))
@@ -237,36 +344,45 @@ def test_arguments_may_be_numbers_of_any_library(script, tmp_path, name):
     assert script.train(resumed)["steps"] == 192
 
 
-@each_continuous
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"surrogate": "klip"}, "--surrogate 'klip': choose from clip, kl-adaptive"),
-        ({"compile": True}, "--compile True: choose from auto, on, off"),
-        ({"num_envs": "4"}, "--num-envs '4' must be of type int"),
-        ({"hidden_sizes": 64}, "--hidden-sizes 64 must be a tuple of whole numbers"),
-        ({"hidden_sizes": (64.0, 8)}, "--hidden-sizes (64.0, 8) must be a tuple of whole numbers"),
-        ({"gamma_final": "0.99"}, "--gamma-final '0.99' must be of type float or NoneType"),
-        ({"norm_obs": None}, "--norm-obs None must be of type bool"),
-        ({"resume": ""}, "--resume is empty"),
-        ({"num_envs": 2.5}, "--num-envs 2.5 must be a whole number"),
-        ({"total_timesteps": math.inf}, "--total-timesteps inf must be a whole number"),
-        ({"learning_rate": True}, "--learning-rate True must be of type float"),
-        ({"num_envs": True}, "--num-envs True must be of type int"),
-        ({"max_grad_norm": 10**400}, "--max-grad-norm is too large"),
-        ({"evaluate": "x", "eval_episodes": 1}, "in Python use evaluate_policy"),
-        ({"gamma": None}, "--gamma None must be of type float"),
-        ({"env_id": gym.spec("Pendulum-v1")}, "must be of type str"),
-        ({"paper": True}, "paper=True changes nothing in Python: write Args(**PAPER)"),
-    ],
-)
+WRONG_TYPES = [
+    ({"surrogate": "klip"}, "--surrogate 'klip': choose from clip, kl-adaptive"),
+    ({"step": "npg"}, "--step 'npg': choose from trpo, truncated, natural"),
+    ({"compile": True}, "--compile True: choose from auto, on, off"),
+    ({"num_envs": "4"}, "--num-envs '4' must be of type int"),
+    ({"hidden_sizes": 64}, "--hidden-sizes 64 must be a tuple of whole numbers"),
+    ({"hidden_sizes": (64.0, 8)}, "--hidden-sizes (64.0, 8) must be a tuple of whole numbers"),
+    ({"gamma_final": "0.99"}, "--gamma-final '0.99' must be of type float or None"),
+    ({"norm_obs": None}, "--norm-obs None must be of type bool"),
+    ({"trust_region": None}, "--trust-region None must be of type bool"),
+    ({"clip_rewards": 1}, "--clip-rewards 1 must be of type bool"),
+    ({"resume": ""}, "--resume is empty"),
+    ({"num_envs": 2.5}, "--num-envs 2.5 must be a whole number"),
+    ({"total_timesteps": math.inf}, "--total-timesteps inf must be a whole number"),
+    ({"learning_rate": True}, "--learning-rate True must be of type float"),
+    ({"num_envs": True}, "--num-envs True must be of type int"),
+    ({"gamma": 10**400}, "--gamma is too large"),
+    ({"evaluate": "x", "eval_episodes": 1}, "in Python use evaluate_policy"),
+    ({"gamma": None}, "--gamma None must be of type float"),
+    ({"env_id": gym.spec("Pendulum-v1")}, "must be of type str"),
+    ({"paper": True}, "paper=True changes nothing in Python: write Args(**PAPER)"),
+]
+
+
+def wrong_types():
+    for script in EVERY_SCRIPT:
+        for changes, message in WRONG_TYPES:
+            if with_fields(script, **changes):
+                yield script, changes, message
+
+
+@pytest.mark.parametrize("script, changes, message", wrong_types(), ids=name_of)
 def test_bad_arguments_from_python(script, tmp_path, changes, message):
     with pytest.raises(script.InputError, match=re.escape(message)):
         train_small(script, tmp_path, **changes)
     assert not list(tmp_path.iterdir())
 
 
-@each_continuous
+@each_script
 def test_what_can_not_be_read_back_never_replaces_a_checkpoint(script, tmp_path):
     path = train_small(script, tmp_path, total_timesteps=64)["checkpoint"]
     saved = script.load_checkpoint(path)
@@ -276,7 +392,7 @@ def test_what_can_not_be_read_back_never_replaces_a_checkpoint(script, tmp_path)
     assert Path(path).read_bytes() == before
 
 
-@each_continuous
+@each_script
 def test_a_checkpoint_is_saved_after_the_first_iteration_and_then_once_a_minute(
     script, tmp_path, monkeypatch
 ):
@@ -300,6 +416,26 @@ def test_a_checkpoint_is_saved_after_the_first_iteration_and_then_once_a_minute(
     assert len(gaps) > 2 and (gaps >= 60).all() and (gaps <= 75).all()
 
 
+@each_discrete
+@pytest.mark.parametrize("env_id", ["Toy-v0", "Catch-v0"])
+def test_load_discrete_policy_without_the_environment(script, tmp_path, monkeypatch, env_id):
+    changes = {"env_id": env_id, "num_steps": 12, "hidden_sizes": (16,), "total_timesteps": 24}
+    path = train_small(script, tmp_path, **changes)["checkpoint"]
+    monkeypatch.setattr(gym, "make", lambda *x, **y: pytest.fail("no environment is needed"))
+    policy = script.load_policy(path)
+    if env_id == "Toy-v0":
+        obs = 100 * np.random.default_rng(0).random((5, 2))
+        np.testing.assert_array_equal(policy.act(obs.astype(np.float32)), policy.act(obs))
+    else:
+        obs = np.random.default_rng(0).integers(256, size=(5, 1, 84, 84), dtype=np.uint8)
+    actions = policy.act(obs)
+    assert actions.shape == (5,) and all(action in range(3) for action in actions)
+    single = policy.act(obs[0])
+    assert single.shape == () and single == actions[0]
+    samples = policy.act(np.repeat(obs[:1], 100, 0), deterministic=False)
+    assert set(samples.tolist()) == {0, 1, 2}
+
+
 @each_continuous
 def test_load_policy_without_the_environment(script, tmp_path, toy, monkeypatch):
     box = gym.spaces.Box(np.array([-1, 0, -np.inf]), np.array([3, 10, 5]), dtype=np.float64)
@@ -318,7 +454,7 @@ def test_load_policy_without_the_environment(script, tmp_path, toy, monkeypatch)
     assert policy.obs_stats.count == 128
 
 
-@each_continuous
+@each_script
 def test_the_evaluated_policy_is_the_saved_one_with_frozen_statistics(script, tmp_path):
     changes = {"total_timesteps": 256, "eval_episodes": 2}
     result = train_small(script, tmp_path, **changes)
@@ -326,7 +462,8 @@ def test_the_evaluated_policy_is_the_saved_one_with_frozen_statistics(script, tm
     before = str(policy.state_dict())
     args = script.Args(**script.load_checkpoint(result["checkpoint"])["args"])
     evaluation = script.evaluate_policy(policy, args)
-    assert str(policy.state_dict()) == before and policy.obs_stats.count == 256
+    assert str(policy.state_dict()) == before
+    assert script is acer_discrete or policy.obs_stats.count == 256
     assert np.mean(evaluation["deterministic"]) == pytest.approx(result["eval_return"])
     written = json.loads(Path(result["run_dir"], "eval.json").read_text())
     assert written == evaluation and len(written["sampled"]) == 2
@@ -336,7 +473,7 @@ def test_the_evaluated_policy_is_the_saved_one_with_frozen_statistics(script, tm
 # ---- Files ----
 
 
-@each_continuous
+@each_script
 def test_run_folder_has_the_tags_of_dashboards_and_the_configuration(script, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -344,7 +481,9 @@ def test_run_folder_has_the_tags_of_dashboards_and_the_configuration(script, tmp
     result = train_small(script, tmp_path, **changes)
     events = EventAccumulator(result["run_dir"]).Reload()
     charts = ("episodic_return", "episodic_length", "SPS", "learning_rate")
-    losses = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+    losses = ["policy_loss", "value_loss", "entropy", "approx_kl", "explained_variance"]
+    if hasattr(script.Args, "clip_coef"):
+        losses.append("clipfrac")
     tags = {f"charts/{x}" for x in charts} | {f"losses/{x}" for x in losses} | {"eval/return"}
     assert tags <= set(events.Tags()["scalars"])
     returns = [(x.step, x.value) for x in events.Scalars("charts/episodic_return")]
@@ -359,21 +498,21 @@ def test_run_folder_has_the_tags_of_dashboards_and_the_configuration(script, tmp
     assert names == {"config.json", "progress.csv", "events", "checkpoint.pt", "eval.json"}
 
 
-@each_continuous
+@each_script
 def test_files_are_standard_json(script, tmp_path):
     def refuse(word):
         raise ValueError(word)
 
-    infinite = {"max_grad_norm": math.inf, "total_timesteps": 64}
-    run_dir = Path(train_small(script, tmp_path, **infinite)["run_dir"])
+    infinite = with_fields(script, max_grad_norm=math.inf)
+    run_dir = Path(train_small(script, tmp_path, **infinite, total_timesteps=64)["run_dir"])
     config = json.loads((run_dir / "config.json").read_text(), parse_constant=refuse)
-    assert float(config["args"]["max_grad_norm"]) == math.inf
+    assert all(float(config["args"][name]) == math.inf for name in infinite)
     script.write_json(run_dir / "x.json", {"a": [math.nan, -math.inf, 1.5]})
     values = json.loads((run_dir / "x.json").read_text(), parse_constant=refuse)["a"]
     assert values == ["NaN", "-Infinity", 1.5]
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("when", ["make", "reset", "step"])
 def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch, when, capsys):
     (tmp_path / "elsewhere").mkdir()
@@ -395,7 +534,8 @@ def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch
     changes = {"env_id": "Toy-v0", "total_timesteps": 128, "eval_episodes": 1, "run_dir": "mine"}
     result = train_small(script, tmp_path, **changes)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("  mine") and lines[-1].endswith(f"  {Path('mine/checkpoint.pt')}")
+    (head,) = [line for line in lines if line.startswith(f"{script.SCRIPT}  Toy-v0")]
+    assert head.endswith("  mine") and lines[-1].endswith(f"  {Path('mine/checkpoint.pt')}")
     os.chdir(tmp_path)
     assert script.train(make_args(script, **(changes | {"run_dir": None, "total_timesteps": 192}),
                                   resume="mine/checkpoint.pt"))["steps"] == 192  # fmt: skip
@@ -404,7 +544,7 @@ def test_an_environment_may_change_the_folder(script, tmp_path, toy, monkeypatch
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "elsewhere"}
 
 
-@each_continuous
+@each_script
 def test_an_environment_that_fails_to_close_costs_nothing(script, tmp_path, toy, monkeypatch):
     def close(env):
         if env.count:
@@ -419,7 +559,7 @@ def test_an_environment_that_fails_to_close_costs_nothing(script, tmp_path, toy,
     assert result["eval_return"] == 10
 
 
-@each_continuous
+@each_script
 def test_a_checkpoint_that_can_not_be_written_is_tried_again(script, tmp_path, monkeypatch, capsys):
     save, tries = torch.save, []
 
@@ -447,13 +587,13 @@ def test_a_run_whose_last_checkpoint_can_not_be_written_says_so(
         save(content, file)
 
     monkeypatch.setattr(torch, "save", failing)
-    flags = small_flags(total_timesteps=128)
+    flags = small_flags(ppo, total_timesteps=128)
     assert command(ppo, flags, "--run-dir", tmp_path / "run") == 1
     err = capsys.readouterr().err
     assert "No space left on device" in err and len(err.splitlines()) == 1
 
 
-@each_continuous
+@each_script
 def test_a_folder_that_can_not_be_written_is_one_line(script, tmp_path):
     result = train_small(script, tmp_path, total_timesteps=64)
     progress = Path(result["run_dir"], "progress.csv")
@@ -464,38 +604,41 @@ def test_a_folder_that_can_not_be_written_is_one_line(script, tmp_path):
         script.train(args)
 
 
-@each_continuous
+@each_script
 def test_a_checkpoint_of_other_networks_is_one_line(script, tmp_path, monkeypatch):
     result = train_small(script, tmp_path, total_timesteps=64)
-    monkeypatch.setattr(script, "mlp", lambda sizes, **_: torch.nn.Sequential(
+    monkeypatch.setattr(script, "mlp", lambda sizes, *_, **__: torch.nn.Sequential(
         torch.nn.Linear(sizes[0], sizes[-1])))  # fmt: skip
     args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
     with pytest.raises(script.InputError, match="has other networks than this"):
         script.train(args)
 
 
-@each_continuous
+@each_script
 def test_a_checkpoint_of_other_bounds_is_one_line(script, tmp_path, toy):
     toy()
     changes = {"env_id": "Toy-v0", "total_timesteps": 64}
     result = train_small(script, tmp_path, **changes)
-    toy(action_space=gym.spaces.Box(-7, 7, (1,)))
+    other = gym.spaces.Box(-7, 7, (1,)) if script in CONTINUOUS else gym.spaces.Discrete(5)
+    toy(action_space=other)
     args = make_args(script, **(changes | {"total_timesteps": 128}), resume=result["checkpoint"])
     with pytest.raises(script.InputError, match="other spaces than the environment of the check"):
         script.train(args)
 
 
-@each_continuous
+@each_script
 def test_a_smaller_horizon_leaves_a_finished_run_as_it_is(script, tmp_path):
     result = train_small(script, tmp_path, total_timesteps=192)
     args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
     assert script.train(args)["steps"] == 192
     assert script.load_checkpoint(result["checkpoint"])["args"]["total_timesteps"] == 192
+    if "num_steps" in script.FIXED_ON_RESUME:
+        return
     longer = make_args(script, total_timesteps=300, num_steps=50, resume=result["checkpoint"])
     assert script.train(longer)["steps"] == 292  # never beyond --total-timesteps
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("where", ["csv", "events"])
 def test_a_full_disk_stops_no_training(script, tmp_path, monkeypatch, capsys, where):
     from torch.utils.tensorboard import SummaryWriter
@@ -509,7 +652,7 @@ def test_a_full_disk_stops_no_training(script, tmp_path, monkeypatch, capsys, wh
         monkeypatch.setattr(SummaryWriter, "add_scalar", full)
         monkeypatch.setattr(SummaryWriter, "close", full)
     result = train_small(script, tmp_path, total_timesteps=128, eval_episodes=1)
-    assert result["steps"] == 128 and result["eval_return"] < 0
+    assert result["steps"] == 128 and math.isfinite(result["eval_return"])
     assert capsys.readouterr().out.count("progress.csv and TensorBoard are not complete") == 1
     rows = rows_of(result["run_dir"])
     assert [row["step"] for row in rows] == ([] if where == "csv" else ["64", "128"])
@@ -518,17 +661,24 @@ def test_a_full_disk_stops_no_training(script, tmp_path, monkeypatch, capsys, wh
 # ---- Evaluation and film ----
 
 
-@each_continuous
+def still(script):
+    """A policy that does not move."""
+    if script in CONTINUOUS:
+        return lambda obs: np.zeros((len(obs), 1))
+    return lambda obs: np.zeros(len(obs), int)
+
+
+@each_script
 def test_evaluation_counts_one_whole_episode_each(script, capsys):
-    act = lambda obs: np.zeros((len(obs), 1))  # noqa: E731
+    act = still(script)
     assert script.evaluate(act, "EndlessChain-v0", 4, seed=0) == [3.0] * 4
     assert capsys.readouterr().out == ""
 
 
-@each_continuous
+@each_script
 def test_evaluation_leaves_out_episodes_that_do_not_end(script, toy, monkeypatch, capsys):
     monkeypatch.setattr(script, "LONGEST_EVALUATION", 7)
-    act = lambda obs: np.zeros((len(obs), 1))  # noqa: E731
+    act = still(script)
     assert script.evaluate(act, "Unlimited-v0", 2, seed=0) == []
     assert "2 of 2 episodes did not end within 7 steps" in capsys.readouterr().out
     numbers = []
@@ -544,7 +694,7 @@ def test_evaluation_leaves_out_episodes_that_do_not_end(script, toy, monkeypatch
     assert "1 of 3 episodes did not end" in capsys.readouterr().out
 
 
-@each_continuous
+@each_script
 def test_a_run_whose_evaluation_never_ends(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "LONGEST_EVALUATION", 7)
     changes = {"env_id": "Unlimited-v0", "total_timesteps": 64, "eval_episodes": 3}
@@ -569,7 +719,7 @@ def test_evaluate_from_the_command_line_with_a_gif(tmp_path, command, capsys):
     assert "sampled: 3.0 ± 0.0 over 10 episodes" in out and str(film) in out
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "metadata", [{"render_fps": 0}, {"render_fps": None}, {}, {"render_fps": 4}]
 )
@@ -581,7 +731,7 @@ def test_a_film_needs_no_frame_rate(script, tmp_path, monkeypatch, metadata):
     assert len(imageio.v3.imread(film)) == 3
 
 
-@each_continuous
+@each_script
 def test_a_film_that_fails_costs_nothing_else(script, tmp_path, monkeypatch, capsys):
     pictures = []
 
@@ -607,7 +757,7 @@ def test_a_film_that_can_not_be_made_is_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
-@each_continuous
+@each_script
 def test_a_film_that_has_no_folder_costs_nothing_else(script, tmp_path, capsys):
     (tmp_path / "file").touch()
     changes = {"env_id": "Chain-v0", "total_timesteps": 64, "eval_episodes": 1}
@@ -615,7 +765,7 @@ def test_a_film_that_has_no_folder_costs_nothing_else(script, tmp_path, capsys):
     assert result["eval_return"] == 3.0 and "no film" in capsys.readouterr().out
 
 
-@each_continuous
+@each_script
 def test_a_film_is_written_frame_by_frame(script, tmp_path, monkeypatch):
     sizes = []
     film = tmp_path / "films" / f"Endless-v0__{script.SCRIPT}__s1.gif"
@@ -639,7 +789,7 @@ def test_a_film_is_written_frame_by_frame(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("env_id, follows", [("HalfCheetah-v5", True), ("Reacher-v5", False)])
 def test_the_camera_follows_the_robot(script, env_id, follows):
     mujoco = pytest.importorskip("mujoco")
-    envs = script.make_film_env(env_id, seed=0)
+    envs = script.make_film_env(make_args(script, env_id=env_id))
     renderer = envs.envs[0].unwrapped.mujoco_renderer
     camera = renderer.camera_id
     if follows:
@@ -653,32 +803,67 @@ def test_the_camera_follows_the_robot(script, env_id, follows):
 @each_continuous
 def test_an_environment_keeps_its_own_camera(script, monkeypatch):
     monkeypatch.setitem(gym.registry["Hopper-v5"].kwargs, "camera_id", 0)
-    envs = script.make_film_env("Hopper-v5", seed=0)
+    envs = script.make_film_env(make_args(script, env_id="Hopper-v5"))
     assert envs.envs[0].unwrapped.mujoco_renderer.camera_id == 0
     envs.close()
+
+
+@each_discrete
+def test_evaluation_of_a_game_counts_whole_games(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "MAX_FRAMES", 400)  # 100 steps
+    changes = {"env_id": "ALE/Breakout-v5", "hidden_sizes": (16,), "num_steps": 10}
+    changes |= {"total_timesteps": 20, "eval_episodes": 1, "repeat_action_probability": 0.25}
+    result = train_small(script, tmp_path, **changes)
+    seed = script.stream_seed(1, "evaluation")
+    envs = script.make_envs("ALE/Breakout-v5", 1, seed, repeat_action_probability=0.25)
+    policy = script.load_policy(result["checkpoint"])
+    score = 0.0
+    steps = 0
+    over = False
+    while not over:
+        _, rewards, terminated, truncated = envs.step(policy.act(envs.obs))
+        score += rewards[0]
+        steps += 1
+        over = terminated[0] or truncated[0]
+    assert result["eval_return"] == score and steps > 60  # a life is shorter
+
+
+@each_discrete
+def test_a_game_is_filmed_in_colour(script, tmp_path, monkeypatch, command, capsys):
+    monkeypatch.setattr(script, "MAX_FRAMES", 100)
+    changes = {"env_id": "ALE/Breakout-v5", "hidden_sizes": (16,), "num_steps": 10}
+    path = train_small(script, tmp_path, **changes, total_timesteps=20)["checkpoint"]
+    folder = tmp_path / "films"
+    flags = ("--evaluate", path, "--eval-episodes 2 --video-dir", folder)
+    assert command(script, *flags) == 0
+    assert "over 2 episodes" in capsys.readouterr().out
+    (film,) = folder.iterdir()
+    assert film.name == f"Breakout-v5__{script.SCRIPT}__s1.gif"
+    assert imageio.v3.imread(film).shape[1:] == (210, 160, 3)
 
 
 # ---- NaN and infinity ----
 
 
+@each_script
 @pytest.mark.parametrize("poison", ["observations", "successors", "rewards"])
 def test_nan_ends_the_run_and_keeps_the_last_checkpoint(
-    tmp_path, monkeypatch, command, capsys, poison
+    script, tmp_path, monkeypatch, command, capsys, poison
 ):
     monkeypatch.setitem(gym.registry["Poison-v0"].kwargs, "poison", poison)
-    monkeypatch.setattr(ppo, "SAVE_SECONDS", 0)
-    changes = {"env_id": "Poison-v0", "num_steps": 8, "total_timesteps": 999}
-    assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 1
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    flags = small_flags(script, env_id="Poison-v0", num_steps=8, total_timesteps=999)
+    assert command(script, flags, "--run-dir", tmp_path / "run") == 1
     culprit = "rewards" if poison == "rewards" else "observations"
     err = capsys.readouterr().err
     assert f"NaN or infinity in {culprit}, iteration 3" in err and len(err.splitlines()) == 1
-    saved = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))
+    saved = script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))
     assert saved["step"] == 32
     tensors = [x for x in saved["policy"].values() if torch.is_tensor(x)]
     assert all(x.isfinite().all() for x in tensors)
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize(
     "norm_obs, value, said",
     [
@@ -690,121 +875,266 @@ def test_nan_ends_the_run_and_keeps_the_last_checkpoint(
 )
 def test_observations_that_can_not_be_trained_on(script, toy, norm_obs, value, said):
     toy(step=lambda env: (np.array([0, value]), 1.0, False, env.time >= 10, {}))
-    args = make_args(script, env_id="Toy-v0", norm_obs=norm_obs, total_timesteps=64)
+    if script is acer_discrete:  # it does not normalize
+        said = said.partition(": add")[0].replace("observations beyond 1e+100", "observations")
+    changes = with_fields(script, norm_obs=norm_obs)
+    args = make_args(script, env_id="Toy-v0", **changes, total_timesteps=64)
     with pytest.raises(script.NonFiniteError, match=re.escape(said)):
         list(script.GENERATOR(args))
 
 
-def test_diverging_training_is_reported(tmp_path, command, capsys):
-    changes = {"learning_rate": 1e38, "max_grad_norm": "inf", "total_timesteps": 9999}
-    assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 1
+@each_script
+def test_diverging_training_is_reported(script, tmp_path, command, capsys):
+    changes = with_fields(script, max_grad_norm="inf")
+    changes |= {"learning_rate": 1e38, "total_timesteps": 9999}
+    assert command(script, small_flags(script, **changes), "--run-dir", tmp_path / "run") == 1
     assert re.search("NaN or infinity in (losses|parameters), iteration", capsys.readouterr().err)
 
 
 # ---- Flags ----
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--env-id CartPole-v1", "acer_discrete.py"),
-        ("--env-id NoSuchTask-v0", "NoSuchTask"),
-        ("--env-id nomodule:Task-v0", "nomodule"),
-        ("--total-timesteps 2047", "less than one batch, --num-envs x --num-steps = 2048"),
-        ("--total-timesteps 2047.5", "--total-timesteps 2047.5 must be a whole number"),
-        ("--num-minibatches 3", "--num-minibatches must divide"),
-        ("--num-envs 1 --num-steps 1 --num-minibatches 1", "2 or more"),
-        ("--gamma 1.1", "--gamma 1.1 must lie in [0, 1]"),
-        ("--gamma-final 1.1", "--gamma-final 1.1 must lie in [0, 1]"),
-        ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
-        ("--gamma nan", "--gamma nan must lie in [0, 1]"),
-        ("--learning-rate 0", "--learning-rate 0.0 must be positive"),
-        ("--learning-rate inf", "--learning-rate inf must be finite"),
-        ("--num-envs 0", "--num-envs 0 must be positive"),
-        ("--clip-coef -0.2", "--clip-coef -0.2 must be positive"),
-        ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
-        ("--seed -1", "--seed -1 must not be negative"),
-        ("--kl-coef inf", "--kl-coef inf must be finite"),
-        ("--return-floor -1", "--return-floor -1.0 must not be negative"),
-        ("--device nothing", "--device nothing"),
-        ("--env-id CartPole-v1 --video-dir films", "acer_discrete.py"),
-        ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
-        ("--evaluate nothing.pt", "nothing.pt is not a readable checkpoint"),
-        ("--resume {garbage}", "is not a readable checkpoint"),
-        ("--resume {older}", "is not a checkpoint of this version of ppo_continuous.py"),
-        ("--resume {copy}", "name its checkpoint.pt, not best.pt"),
-        ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
-        ("--resume {checkpoint} --log-std-final None", "--log-std-final"),
-        ("--resume {checkpoint} --paper", "--paper: a checkpoint has its own settings"),
-        ("--evaluate {checkpoint} --paper", "--paper: a checkpoint has its own settings"),
-        ("--log-std-init nan", "--log-std-init nan must lie in [-20, 5]"),
+COMMON_MISTAKES = [
+    ("--env-id NoSuchTask-v0", "NoSuchTask"),
+    ("--env-id nomodule:Task-v0", "nomodule"),
+    ("--env-id {other} --video-dir films", "this script needs"),
+    ("--num-envs 2 --num-steps 9 --total-timesteps 17", "less than one batch, --num-envs x --num"),
+    ("--total-timesteps 2047.5", "--total-timesteps 2047.5 must be a whole number"),
+    ("--num-envs 1 --num-steps 1", "2 or more"),
+    ("--gamma 1.1", "--gamma 1.1 must lie in [0, 1]"),
+    ("--gamma nan", "--gamma nan must lie in [0, 1]"),
+    ("--learning-rate 0", "--learning-rate 0.0 must be positive"),
+    ("--learning-rate inf", "--learning-rate inf must be finite"),
+    ("--num-envs 0", "--num-envs 0 must be positive"),
+    ("--hidden-sizes 64 0", "--hidden-sizes (64, 0) must be positive"),
+    ("--seed -1", "--seed -1 must not be negative"),
+    ("--device nothing", "--device nothing"),
+    ("--device meta", "--device meta"),
+    ("--resume nothing.pt", "nothing.pt is not a readable checkpoint"),
+    ("--evaluate nothing.pt", "nothing.pt is not a readable checkpoint"),
+    ("--resume {garbage}", "is not a readable checkpoint"),
+    ("--resume {older}", "is not a checkpoint of this version of {name}.py"),
+    ("--resume {foreign}", "was written by another.py"),
+    ("--resume {copy}", "name its checkpoint.pt, not best.pt"),
+    ("--resume ''", "--resume is empty"),
+    ("--resume {checkpoint} --paper", "--paper: a checkpoint has its own settings"),
+    ("--resume {checkpoint} --env-id Toy-v0", "--env-id Toy-v0: the checkpoint has"),
+    ("--resume {checkpoint} --hidden-sizes 32", "--hidden-sizes (32,): the checkpoint has"),
+    ("--resume {checkpoint} --run-dir elsewhere", "the checkpoint's folder"),
+    ("--evaluate {checkpoint} --paper", "--paper: a checkpoint has its own settings"),
+    ("--evaluate {checkpoint} --env-id Toy-v0", "other spaces than the environment"),
+    ("--evaluate {checkpoint} --hidden-sizes 32", "--hidden-sizes (32,): the checkpoint has"),
+    ("--evaluate {checkpoint} --eval-episodes 0", "--eval-episodes of 1 or more"),
+    ("--run-dir {folder}", "File exists"),
+]
+MISTAKES_OF_CONTINUOUS = [
+    ("--env-id CartPole-v1", "ppo_atari.py and acer_discrete.py take discrete actions"),
+    ("--num-minibatches 3", "--num-minibatches must divide"),
+    ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
+    ("--return-floor -1", "--return-floor -1.0 must not be negative"),
+    ("--log-std-init nan", "--log-std-init nan must lie in [-20, 5]"),
+    ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
+]
+MISTAKES_OF_DISCRETE = [
+    ("--env-id Pendulum-v1", "ppo_continuous.py takes continuous actions"),
+    ("--env-id FrozenLake-v1", "FlattenObservation"),
+    ("--env-id ALE/Brakeout-v5", "Brakeout"),
+    ("--hidden-sizes", "--hidden-sizes needs one layer"),
+    ("--repeat-action-probability 1.5", "must lie in [0, 1]"),
+    ("--repeat-action-probability 0.25", "--repeat-action-probability is for games of ALE"),
+]
+ADAPT = "--surrogate kl-adaptive"
+STEADY = f"{ADAPT} --no-anneal-lr --return-floor 0"
+MISTAKES = {
+    ppo: [
         ("--log-std-final 100", "--log-std-final 100.0 must lie in [-20, 5]"),
+        ("--resume {checkpoint} --log-std-final -4", "--log-std-final"),
+        ("--resume {checkpoint} --log-std-final None", "--log-std-final"),
+        ("--gamma-final 1.1", "--gamma-final 1.1 must lie in [0, 1]"),
+        ("--clip-coef -0.2", "--clip-coef -0.2 must be positive"),
+        ("--kl-coef inf", "--kl-coef inf must be finite"),
         ("--ent-coef 0.1", "--ent-coef has no effect on an annealed σ"),
-        ("--surrogate kl-adaptive", "add --no-anneal-lr --return-floor 0"),
-        (
-            "--surrogate kl-adaptive --no-anneal-lr --return-floor 0 --kl-coef 0",
-            "--kl-coef 0 stays 0",
-        ),
-        ("--evaluate {checkpoint} --env-id Hopper-v5", "other spaces than the environment"),
-        ("--evaluate {checkpoint} --hidden-sizes 32", "--hidden-sizes (32,): the checkpoint has"),
-        ("--resume ''", "--resume is empty"),
-        ("--device meta", "--device meta"),
+        (ADAPT, "add --no-anneal-lr --return-floor 0"),
+        (f"{STEADY} --kl-coef 0", "--kl-coef 0 stays 0"),
         ("--kl-coef 2", "--kl-coef has no effect with --surrogate clip"),
         ("--surrogate kl-fixed --kl-target 2", "--kl-target has no effect"),
-        ("--evaluate {checkpoint} --eval-episodes 0", "--eval-episodes of 1 or more"),
-        ("--resume {foreign}", "was written by trpo_continuous.py"),
-        ("--resume {checkpoint} --env-id Hopper-v5", "--env-id"),
-        ("--resume {checkpoint} --hidden-sizes 32", "--hidden-sizes"),
-        ("--resume {checkpoint} --run-dir elsewhere", "the checkpoint's folder"),
-        ("--run-dir {folder}", "File exists"),
     ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
+    trpo_continuous: [
+        ("--max-kl 0", "--max-kl 0.0 must be positive"),
+        ("--cg-iterations 0", "--cg-iterations 0 must be positive"),
+        ("--cg-damping -1", "--cg-damping -1.0 must not be negative"),
+        ("--fisher-subsample 0", "--fisher-subsample 0.0 must be positive"),
+        ("--fisher-subsample 2", "--fisher-subsample 2.0 must lie in [0, 1]"),
+        ("--line-search-decay 1.5", "--line-search-decay 1.5 must lie"),
+        ("--step natural --natural-step -0.1", "--natural-step -0.1 must be positive"),
+        ("--natural-step 0.5", "--natural-step has no effect with --step trpo"),
+        ("--step truncated --natural-step 0.5", "--natural-step has no effect"),
+        ("--step truncated --line-search-steps 5", "--line-search-steps has no effect"),
+        ("--step truncated --line-search-decay 0.5", "--line-search-decay has no effect"),
+        ("--step natural --max-kl 0.02", "--max-kl has no effect with --step natural"),
+        ("--step natural --return-floor 0.5", "--return-floor has no effect"),
+        ("--step natural --line-search-steps 5", "--line-search-steps has no effect"),
+        ("--step natural --line-search-decay 0.5", "--line-search-decay has no effect"),
+    ],
+    ppo_atari: [
+        ("--num-minibatches 3", "--num-minibatches must divide"),
+        ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
+        ("--clip-coef 0", "--clip-coef 0.0 must be positive"),
+        ("--vf-coef -1", "--vf-coef -1.0 must not be negative"),
+        ("--paper", "--paper is for images: the paper has no vectors"),
+        ("--evaluate {checkpoint} --no-norm-obs", "--norm-obs False: the checkpoint has True"),
+    ],
+    acer_discrete: [
+        ("--avg-decay 1.5", "--avg-decay 1.5 must lie in [0, 1]"),
+        ("--trunc-c 0", "--trunc-c 0.0 must be positive"),
+        ("--replay-ratio -1", "--replay-ratio -1.0 must not be negative"),
+        ("--replay-ratio inf", "--replay-ratio inf must be finite"),
+        ("--replay-start 600 --replay-capacity 519", "memory holds 500 steps of each environment"),
+        ("--replay-capacity 19", "memory holds 0 steps of each environment"),
+        ("--no-trust-region --avg-decay 0.9", "--avg-decay has no effect with --no-trust-region"),
+        ("--no-trust-region --trust-region-delta 2", "--trust-region-delta has no effect"),
+        ("--replay-ratio 0 --save-replay", "--save-replay has no effect with --replay-ratio 0"),
+        ("--resume {checkpoint} --num-steps 16", "--num-steps 16: the checkpoint has 32"),
+        ("--resume {checkpoint} --replay-capacity 99", "--replay-capacity 99: the checkpoint has"),
+        ("--resume {checkpoint} --no-trust-region", "--trust-region False: the checkpoint has"),
+    ],
+}
+
+
+def mistakes():
+    for script in EVERY_SCRIPT:
+        of_kind = MISTAKES_OF_CONTINUOUS if script in CONTINUOUS else MISTAKES_OF_DISCRETE
+        for flags, message in COMMON_MISTAKES + of_kind + MISTAKES[script]:
+            yield script, flags, message
+
+
+@pytest.fixture(scope="module")
+def small_checkpoints(tmp_path_factory):
+    """Checkpoints after the first iteration, {script: path}."""
+    paths = {}
+    for script in EVERY_SCRIPT:
+        folder = tmp_path_factory.mktemp(script.ALGORITHM)
+        paths[script] = train_small(script, folder, total_timesteps=64)["checkpoint"]
+    return paths
+
+
+@pytest.mark.parametrize("script, flags, message", mistakes(), ids=name_of)
+def test_bad_input_is_one_line_and_exit_code_2(
+    script, flags, message, tmp_path, monkeypatch, capsys, small_checkpoints
+):
     monkeypatch.chdir(tmp_path)
-    result = ppo.train(make_args(ppo, total_timesteps=64, run_dir="run"))
     Path("garbage.pt").write_bytes(b"not a checkpoint")
-    torch.save({"algorithm": "trpo_continuous", "args": {}}, "foreign.pt")
-    torch.save({"script": "ppo_continuous", "args": {}}, "older.pt")
-    shutil.copy(result["checkpoint"], "best.pt")
+    torch.save({"algorithm": "another", "args": {}}, "foreign.pt")
+    torch.save({"script": script.ALGORITHM, "args": {}}, "older.pt")
+    Path("run").mkdir()
+    shutil.copy(small_checkpoints[script], "run/checkpoint.pt")
+    shutil.copy(small_checkpoints[script], "best.pt")
     places = {"garbage": "garbage.pt", "copy": "best.pt", "foreign": "foreign.pt"}
-    places |= {"older": "older.pt", "checkpoint": result["checkpoint"], "folder": "run"}
+    places |= {"older": "older.pt", "checkpoint": "run/checkpoint.pt", "folder": "run"}
+    places["other"] = small(DISCRETE[0] if script in CONTINUOUS else CONTINUOUS[0])["env_id"]
+    words = shlex.split(flags.format(**places))
+    if not {"--env-id", "--resume", "--evaluate"} & set(words):
+        words += ["--env-id", small(script)["env_id"]]  # not a game of ALE
     before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [ppo.__file__, *shlex.split(flags.format(**places))])
-    assert ppo.main() == 2
+    assert script.main() == 2
     error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert message.format(name=script.ALGORITHM) in error
+    assert error.startswith(f"{script.SCRIPT}.py: ") and len(error.splitlines()) == 1
     assert sorted(Path().rglob("*")) == before
 
 
-@each_continuous
+def test_a_replay_memory_that_does_not_fit_is_refused(tmp_path, command, capsys):
+    flags = "--env-id CartPole-v1 --replay-capacity 2_000_000_000_000"
+    assert command(acer_discrete, flags, "--run-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "lower --replay-capacity" in error and len(error.splitlines()) == 1
+
+
+@each_discrete
+def test_flags_of_games_are_refused_where_there_is_no_game(script, tmp_path):
+    with pytest.raises(script.InputError, match="--repeat-action-probability is for games of ALE"):
+        train_small(script, tmp_path, **CATCH, total_timesteps=24, repeat_action_probability=0.25)
+
+
+# ---- Defaults by the kind of observation ----
+
+
+@each_discrete
+@pytest.mark.parametrize("env_id, images", [("CartPole-v1", False), ("Catch-v0", True)])
+def test_defaults_follow_the_observations_and_a_line_says_which(
+    script, tmp_path, capsys, env_id, images
+):
+    changes = {"env_id": env_id, "num_steps": 6, "total_timesteps": 12, "learning_rate": 1e-3}
+    result = train_small(script, tmp_path, **changes)
+    saved = script.load_checkpoint(result["checkpoint"])["args"]
+    config = json.loads(Path(result["run_dir"], "config.json").read_text())["args"]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("defaults for")]
+    assert line.startswith(f"defaults for {'images' if images else 'vectors'}: ")
+    given = make_args(script, **changes)
+    for name, (for_images, for_vectors) in script.DEFAULTS.items():
+        expected = for_images if images else for_vectors
+        chosen = getattr(given, name) is None
+        assert not chosen or saved[name] == expected
+        assert (f" {name} {expected}" in line) == chosen
+        assert getattr(script.Args(), name) is None
+        assert config[name] == (list(saved[name]) if name == "hidden_sizes" else saved[name])
+    assert saved["images"] == images and saved["learning_rate"] == 1e-3
+
+
+@each_discrete
+@pytest.mark.parametrize("images", [True, False])
+def test_filled_defaults_leave_what_was_given(script, images):
+    empty = script.Args()
+    filled = script.fill_defaults(empty, images)
+    for name, pair in script.DEFAULTS.items():
+        assert getattr(empty, name) is None and getattr(filled, name) == pair[1 - images]
+    given = script.fill_defaults(script.Args(learning_rate=0.5, hidden_sizes=(3,)), images)
+    assert given.learning_rate == 0.5 and given.hidden_sizes == (3,)
+    text = " ".join(Path(script.__file__).read_text(encoding="utf-8").split())
+    assert text.count("None: ") >= len(script.DEFAULTS)  # the help of each says both values
+
+
+# ---- Settings of the paper ----
+
+
+@each_script
 def test_paper_takes_the_settings_of_the_paper_and_flags_override_them(script, tmp_path, command):
-    flags = "--paper --num-steps 64 --total-timesteps 128 --eval-episodes 0 --compile off"
-    flags += " --env-id Pendulum-v1"
-    assert command(script, flags, "--run-dir", tmp_path / "run") == 0
-    saved = script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["args"]
-    assert saved["paper"] and saved["num_steps"] == 64
-    for name, value in script.PAPER.items():
-        assert saved[name] == value or name == "num_steps"
-        assert getattr(script.Args(), name) != value, name
-    assert set(script.PAPER) <= {field.name for field in dataclasses.fields(script.Args)}
+    changes = {"total_timesteps": 128, "num_steps": 16, "hidden_sizes": "16"}
+    changes |= {"env_id": "Catch-v0"} if script is ppo_atari else {}
+    changes |= {"replay_start": 16} if script is acer_discrete else {}
+    given = small(script, **changes)
     path = str(tmp_path / "run" / "checkpoint.pt")
+    flags = small_flags(script, **changes)
+    assert command(script, "--paper", flags, "--run-dir", tmp_path / "run") == 0
+    saved = script.load_checkpoint(path)["args"]
+    assert saved["paper"] and saved["num_steps"] == 16 and saved["num_envs"] == 2
+    assert set(script.PAPER) <= {field.name for field in dataclasses.fields(script.Args)}
+    taken = {name: value for name, value in script.PAPER.items() if name not in given}
+    assert len(taken) >= 3
+    for name, value in taken.items():
+        assert saved[name] == value
+    for name, value in script.PAPER.items():
+        assert getattr(script.Args(), name) != value, name
     assert command(script, "--resume", path, "--total-timesteps 192") == 0
-    assert script.load_checkpoint(path)["args"]["learning_rate"] == script.PAPER["learning_rate"]
+    saved = script.load_checkpoint(path)["args"]
+    assert saved["total_timesteps"] == 192
+    assert {name: saved[name] for name in taken} == taken
 
 
-@each_continuous
+@each_script
 def test_total_timesteps_may_be_written_with_an_exponent(script, tmp_path, command):
     for text, steps in (("1.28e2", 128), ("1_28", 128)):
         path = tmp_path / text
-        changes = {"total_timesteps": text}
-        assert command(script, small_flags(**changes), "--run-dir", path) == 0
+        flags = small_flags(script, total_timesteps=text)
+        assert command(script, flags, "--run-dir", path) == 0
         saved = script.load_checkpoint(str(path / "checkpoint.pt"))
         assert saved["step"] == steps and saved["args"]["total_timesteps"] == steps
         assert type(saved["args"]["total_timesteps"]) is int
 
 
-@each_continuous
+@each_script
 def test_help_shows_the_groups(script, command, capsys):
     with pytest.raises(SystemExit):
         command(script, "--help")
@@ -824,19 +1154,19 @@ def run_script(folder, *flags, script=ppo, **options):
     return subprocess.run([sys.executable, script.__file__, *words], cwd=folder, **options)
 
 
-@each_continuous
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "script, encoding", [(ppo, "ascii"), (acer_discrete, "cp1252")], ids=name_of
+)
 def test_output_on_a_terminal_that_knows_no_greek(script, tmp_path, encoding):
     env = os.environ | {"PYTHONIOENCODING": encoding}
     result = run_script(tmp_path, "--help", script=script, env=env, encoding=encoding)
     assert result.returncode == 0 and "discount factor" in result.stdout
-    changes = {"total_timesteps": 128, "eval_episodes": 1}
-    flags = small_flags(**changes)
+    flags = small_flags(script, total_timesteps=128, eval_episodes=1)
     result = run_script(tmp_path, flags, script=script, env=env, encoding=encoding)
     assert result.returncode == 0 and "over 1 episodes" in result.stdout
 
 
-@each_continuous
+@each_script
 def test_train_prints_on_a_stream_that_knows_no_greek(script, tmp_path, monkeypatch):
     with open(tmp_path / "out.txt", "w", encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdout", file)
@@ -845,9 +1175,9 @@ def test_train_prints_on_a_stream_that_knows_no_greek(script, tmp_path, monkeypa
 
 
 @POSIX
-@each_continuous
+@pytest.mark.parametrize("script", [ppo], ids=name_of)
 def test_output_into_a_closed_pipe(script, tmp_path):
-    flags = small_flags(total_timesteps=640, eval_episodes=1)
+    flags = small_flags(script, total_timesteps=640, eval_episodes=1)
     line = f"{sys.executable} {script.__file__} {flags} --run-dir run; echo $? >code"
     process = subprocess.run(f"({line}) | head -n 1", shell=True, cwd=tmp_path, timeout=120,
                              capture_output=True, text=True)  # fmt: skip
@@ -866,7 +1196,7 @@ class Tee:
         pass
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize("kind", ["none", "closed", "tee"])
 def test_without_a_stream(script, tmp_path, monkeypatch, name, kind):
@@ -876,28 +1206,29 @@ def test_without_a_stream(script, tmp_path, monkeypatch, name, kind):
     assert train_small(script, tmp_path, total_timesteps=64, eval_episodes=1)["steps"] == 64
 
 
-@each_continuous
+@each_script
 def test_where_stdout_is_no_terminal_lines_say_how_far_the_run_is(
     script, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(script, "LINE_SECONDS", 0)
     train_small(script, tmp_path, total_timesteps=192)
     out = capsys.readouterr().out
-    assert re.findall(r"step (\d+) of 192  return .* kl .* steps/s", out) == ["64", "128", "192"]
+    line = rf"step (\d+) of 192  return .*  {script.SHOWN} .*  \d+ steps/s"
+    assert re.findall(line, out) == ["64", "128", "192"]
     monkeypatch.setattr(script, "LINE_SECONDS", 60)
     train_small(script, tmp_path / "b", total_timesteps=192)
     assert "step 64" not in capsys.readouterr().out
 
 
 @POSIX
-@each_continuous
+@pytest.mark.parametrize("script", [ppo], ids=name_of)
 def test_on_a_terminal_the_bar_has_a_line_of_its_own(script, tmp_path):
     import fcntl
     import pty
     import struct
     import termios
 
-    flags = small_flags(total_timesteps=640, compile="on", eval_episodes=1)
+    flags = small_flags(script, total_timesteps=640, compile="on", eval_episodes=1)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     process = subprocess.Popen([sys.executable, script.__file__, *flags.split()], cwd=tmp_path,
@@ -926,8 +1257,7 @@ def test_on_a_terminal_the_bar_has_a_line_of_its_own(script, tmp_path):
 def test_a_renamed_copy_has_its_own_name_and_reads_the_same_checkpoints(tmp_path):
     copy = tmp_path / "my_ppo.py"
     shutil.copy(ppo.__file__, copy)
-    changes = {"total_timesteps": 128}
-    command = [sys.executable, str(copy), *small_flags(**changes).split()]
+    command = [sys.executable, str(copy), *small_flags(ppo, total_timesteps=128).split()]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and result.stdout.startswith("my_ppo  Pendulum-v1")
     (run_dir,) = (tmp_path / "runs").iterdir()
@@ -935,7 +1265,7 @@ def test_a_renamed_copy_has_its_own_name_and_reads_the_same_checkpoints(tmp_path
     assert ppo.load_policy(str(run_dir / "checkpoint.pt")).act(np.zeros(3)).shape == (1,)
 
 
-@each_continuous
+@each_script
 @pytest.mark.parametrize("name", ["__main__", "cell"])
 def test_the_file_pasted_into_a_notebook(script, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -943,7 +1273,7 @@ def test_the_file_pasted_into_a_notebook(script, tmp_path, monkeypatch, name):
     cell = {"__name__": name}
     source = Path(script.__file__).read_text(encoding="utf-8")
     exec(compile(source, "<cell>", "exec"), cell)
-    result = cell["train"](cell["Args"](**SMALL, total_timesteps=128))
+    result = cell["train"](cell["Args"](**small(script), total_timesteps=128))
     assert Path(result["checkpoint"]).exists()
     assert f"__{script.ALGORITHM}__" in Path(result["run_dir"]).name
 
@@ -951,7 +1281,7 @@ def test_the_file_pasted_into_a_notebook(script, tmp_path, monkeypatch, name):
 @POSIX
 def test_the_file_read_from_standard_input(tmp_path):
     source = Path(ppo.__file__).read_text(encoding="utf-8")
-    command = [sys.executable, "-OO", "-", *small_flags(total_timesteps=128).split()]
+    command = [sys.executable, "-OO", "-", *small_flags(ppo, total_timesteps=128).split()]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
     result = subprocess.run(command, input=source, **options)
     assert result.returncode == 0 and result.stdout.startswith("ppo_continuous  Pendulum-v1")
@@ -963,7 +1293,8 @@ def test_the_file_read_from_standard_input(tmp_path):
 def start(script, folder, *flags, **options):
     """Start a long run in a process of its own and wait for its second iteration."""
     words = [word for flag in flags for word in flag.split()]
-    command = [sys.executable, script.__file__, "--env-id", "Pendulum-v1", "--compile", "off"]
+    env_id = small(script)["env_id"]
+    command = [sys.executable, script.__file__, "--env-id", env_id, "--compile", "off"]
     command += ["--total-timesteps", "1e7", "--run-dir", "run", *words]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
@@ -981,19 +1312,31 @@ def default_signals():
 
 
 @POSIX
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_saves_and_the_run_resumes(tmp_path, name, code):
-    process = start(ppo, tmp_path, preexec_fn=default_signals)
+@pytest.mark.parametrize(
+    "script, name, code",
+    [
+        (ppo, "SIGINT", 130),
+        (ppo, "SIGTERM", 143),
+        (ppo, "SIGHUP", 129),
+        (trpo_continuous, "SIGTERM", 143),
+        (ppo_atari, "SIGTERM", 143),
+        (acer_discrete, "SIGTERM", 143),
+    ],
+    ids=name_of,
+)
+def test_a_signal_saves_and_the_run_resumes(script, name, code, tmp_path, monkeypatch, command):
+    process = start(script, tmp_path, "--num-envs 4 --num-steps 256", preexec_fn=default_signals)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and "a second signal kills" in err and "Traceback" not in err
-    step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
+    step = script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
     steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
-    assert step == steps[-1] > 2048
-    flags = f"--resume run/checkpoint.pt --total-timesteps {step + 2048} --eval-episodes 1"
-    assert run_script(tmp_path, flags).returncode == 0
+    assert step == steps[-1] > 1024
+    flags = f"--resume run/checkpoint.pt --total-timesteps {step + 1024} --eval-episodes 1"
+    monkeypatch.chdir(tmp_path)
+    assert command(script, flags) == 0
     steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
-    assert steps == list(range(2048, step + 2049, 2048))
+    assert steps == list(range(1024, step + 1025, 1024))
 
 
 @POSIX
@@ -1022,13 +1365,14 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
 
 
 @POSIX
-def test_a_kill_leaves_a_checkpoint_that_resumes(tmp_path):
+def test_a_kill_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch, command):
     process = start(ppo, tmp_path)
     process.kill()
     process.wait(timeout=10)
     step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
     flags = f"--resume run/checkpoint.pt --total-timesteps {step + 4096} --eval-episodes 0"
-    assert run_script(tmp_path, flags).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert command(ppo, flags) == 0
     steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
     assert steps == list(range(2048, step + 4097, 2048))
 
@@ -1043,8 +1387,8 @@ def test_main_stops_for_a_signal_during_the_evaluation(tmp_path, monkeypatch, co
 
     monkeypatch.setattr(ppo, "evaluate", interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    changes = {"total_timesteps": 128, "eval_episodes": 1}
-    assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 130
+    flags = small_flags(ppo, total_timesteps=128, eval_episodes=1)
+    assert command(ppo, flags, "--run-dir", tmp_path / "run") == 130
     assert ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] == 128
     assert not (tmp_path / "run" / "eval.json").exists()
 
@@ -1054,8 +1398,8 @@ def test_an_interrupt_that_an_environment_raises_is_no_success(tmp_path, toy, co
         raise KeyboardInterrupt
 
     toy(step=step)
-    changes = {"env_id": "Toy-v0", "total_timesteps": 128}
-    assert command(ppo, small_flags(**changes), "--run-dir", tmp_path / "run") == 130
+    flags = small_flags(ppo, env_id="Toy-v0", total_timesteps=128)
+    assert command(ppo, flags, "--run-dir", tmp_path / "run") == 130
 
 
 @POSIX
@@ -1072,10 +1416,10 @@ def test_a_signal_is_taken_though_nobody_reads_stderr(tmp_path, monkeypatch, com
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(ppo, "train", train)
-    assert command(ppo, small_flags(total_timesteps=128)) == 143
+    assert command(ppo, small_flags(ppo, total_timesteps=128)) == 143
 
 
-@each_continuous
+@each_script
 def test_an_interrupt_of_a_caller_reaches_the_caller(script, tmp_path, toy):
     def step(env):
         if env.count == 200:
@@ -1108,7 +1452,7 @@ for seed in range(1000):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@each_continuous
+@each_script
 @pytest.mark.parametrize("compiled", ["on", "off"])
 def test_trains_on_cuda(script, tmp_path, compiled):
     changes = {"compile": compiled, "device": "cuda", "eval_episodes": 1, "total_timesteps": 640}

@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "ppo_continuous.py"]
-FIRST_EDITION = [ROOT / f"{name}.py" for name in ("trpo_continuous", "ppo_atari", "acer_discrete")]
+NAMES = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 4096 --eval-episodes 1"
-FREEWAY = "--env-id ALE/Freeway-v5 --total-timesteps 99 --num-steps 4 --max-episode-frames 99"
+FREEWAY = (
+    "--env-id ALE/Freeway-v5 --total-timesteps 16 --num-envs 2 --num-steps 8 --eval-episodes 0"
+)
 SMOKE = {
     "ppo_continuous": PENDULUM,
     "trpo_continuous": PENDULUM,
+    "ppo_atari": FREEWAY,
     "acer_discrete": "--total-timesteps 2048 --eval-episodes 1",
-    "ppo_atari": f"{FREEWAY} --eval-episodes 1",
 }
 HEADINGS = [
     "Args",
@@ -33,27 +35,25 @@ HEADINGS = [
 ]
 END = "# The algorithm ends here. Below is what runs it: files, progress, evaluation, command line."
 BANNER = f"# {'=' * 98}\n{END}\n# {'=' * 98}\n"
-MAY_DIFFER = {  # of the first edition
-    *("Args", "Policy", "make_envs", "Rollout", "collect", "Minibatch", "minibatch_gradient"),
-    *(
-        "minibatch_step",
-        "update",
-        "train",
-        "evaluate_policy",
-        "pick_device",
-        "check_spaces",
-        "main",
-    ),
+MAY_DIFFER = {
+    # flags and their defaults
+    *("RunArgs", "EnvironmentArgs", "AlgorithmArgs", "Args", "fill_defaults"),
+    # networks: σ on a line or learned, V or Q
+    *("Policy", "ActorCritic"),
+    # the algorithm
+    *("Batch", "ppo_loss", "minibatch_step", "advantages", "update", "prepare", "collect", "ppo"),
+    # environments: continuous actions or discrete ones, games of ALE
+    *("describe_spaces", "make_envs", "check_spaces"),
+    # below the banner
+    *("evaluate_policy", "make_film_env", "load_policy", "check_args", "check_algorithm_args"),
 }
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-every_script = pytest.mark.parametrize("path", SCRIPTS + FIRST_EDITION, ids=lambda path: path.stem)
-each_first = pytest.mark.parametrize("path", FIRST_EDITION, ids=lambda path: path.stem)
 
 
-def top_level(path):
+def top_level(source):
     """{name: node} of the functions and classes at the top level."""
-    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    nodes = ast.parse(source).body
     kinds = (ast.FunctionDef, ast.ClassDef)
     return {node.name: node for node in nodes if isinstance(node, kinds)}
 
@@ -90,7 +90,7 @@ def run(command, folder, **options):
 # ---- Standalone ----
 
 
-@every_script
+@each_script
 def test_runs_alone_in_an_empty_folder(path, tmp_path):
     shutil.copy(path, tmp_path)
     result = run([sys.executable, path.name, *SMOKE[path.stem].split()], tmp_path)
@@ -98,12 +98,13 @@ def test_runs_alone_in_an_empty_folder(path, tmp_path):
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"[\w.-]+__{path.stem}__s1__[\w-]+", run_dir.name)
     names = {re.sub(r"events.*", "events", p.name) for p in run_dir.iterdir()}
-    assert names == {"config.json", "progress.csv", "events", "checkpoint.pt", "eval.json"}
+    expected = {"config.json", "progress.csv", "events", "checkpoint.pt", "eval.json"}
+    assert names == expected - ({"eval.json"} if "--eval-episodes 0" in SMOKE[path.stem] else set())
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "runs"}  # nothing elsewhere
     assert "\r" not in result.stderr  # no progress bar where there is no terminal
 
 
-@each_script
+@pytest.mark.parametrize("path", SCRIPTS[:2], ids=lambda path: path.stem)
 def test_mujoco_writes_no_log_and_no_warning(path, tmp_path):
     flags = "--env-id HalfCheetah-v5 --total-timesteps 2048 --eval-episodes 1 --compile off"
     result = run([sys.executable, path, *flags.split()], tmp_path)
@@ -111,20 +112,24 @@ def test_mujoco_writes_no_log_and_no_warning(path, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
-@every_script
+@each_script
 def test_help_is_complete_and_without_warnings(path):
     result = run([sys.executable, "-W", "error", path, "--help"], ROOT)
     assert result.returncode == 0 and result.stderr == ""
     args = importlib.import_module(path.stem).Args
+    suppressed = {"images"} & {field.name for field in dataclasses.fields(args)}
+    assert not suppressed or "--images" not in result.stdout
     text = re.sub(r"[│\s]+", " ", result.stdout)
     for field in dataclasses.fields(args):
+        if field.name in suppressed:
+            continue
         flag = "--" + field.name.replace("_", "-")
         help_text = re.search(rf" {flag}[ ,](.*?)\(default", text)
         words = re.sub(r"\{.*?\}|--no-[\w-]+|[A-Z|]{3,}", "", help_text[1])
         assert re.search(r"[a-zA-Zγλεβσ]{2,}.* ", words), flag
 
 
-@every_script
+@each_script
 def test_import_has_no_side_effects(path, tmp_path):
     check = f"""
 import sys, os, threading
@@ -144,16 +149,16 @@ assert "torch.utils.tensorboard" not in sys.modules and "mujoco" not in sys.modu
     assert result.stdout == "" and not list(tmp_path.iterdir())
 
 
-@every_script
+@each_script
 def test_imports_nothing_of_the_project(path):
-    names = {p.stem for p in SCRIPTS + FIRST_EDITION} | {"tests", "benchmarks"}
+    names = {*NAMES, "tests", "benchmarks"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             assert not names & {module.split(".")[0] for module in modules}
 
 
-@every_script
+@each_script
 def test_inline_metadata_agrees_with_requirements(path):
     block = re.search(
         r"^# /// script\n(.*?)^# ///$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
@@ -172,10 +177,13 @@ def test_inline_metadata_names_every_package_that_is_imported(path):
     names = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    packages = {{"PIL": "pillow"}.get(name, name) for name in packages}
+    renamed = {"PIL": "pillow", "ale_py": "ale-py"}
+    packages = {renamed.get(name, name) for name in packages}
     block = path.read_text(encoding="utf-8").partition("# ///\n")[0]
-    declared = set(re.findall(r'"([a-z]+)(?:\[\w+\])?==', block))
-    assert packages <= declared and declared - packages <= {"tensorboard"}
+    declared = re.findall(r'"([a-z-]+)(?:\[(\w+)\])?==', block)
+    declared = {name for pair in declared for name in pair if name}  # extras too
+    assert packages <= declared
+    assert declared - packages <= {"tensorboard", "pygame"}  # others import them
 
 
 # ---- Two halves ----
@@ -195,8 +203,9 @@ def test_the_upper_half_runs_alone(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     upper, _ = halves(path)
     module = importlib.import_module(path.stem)
+    env_id = "Pendulum-v1" if "continuous" in path.stem else "CartPole-v1"
     lines = f"""
-args = Args(env_id="Pendulum-v1", num_envs=2, num_steps=32, num_minibatches=2, total_timesteps=192)
+args = Args(env_id={env_id!r}, num_envs=2, num_steps=32, total_timesteps=192)
 state = {{}}
 steps = [state["step"] for _ in {module.GENERATOR.__name__}(args, state)]
 """
@@ -248,9 +257,9 @@ def test_plainness(path, capsys):
 @each_script
 def test_an_equation_stands_near_its_use(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    nodes = top_level(path)
+    nodes = top_level(path.read_text(encoding="utf-8"))
     distances = {}
-    for name in equation_map(path) - {"ppo", "update"}:  # the algorithm itself
+    for name in equation_map(path) - {"ppo", "trpo", "acer", "update"}:  # the algorithm
         inside = range(nodes[name].lineno, nodes[name].end_lineno + 1)
         calls = [
             i
@@ -259,14 +268,14 @@ def test_an_equation_stands_near_its_use(path):
         ]
         if calls and isinstance(nodes[name], ast.FunctionDef):
             distances[name] = min(abs(i - nodes[name].lineno) for i in calls)
-    assert max(distances.values()) <= 210, distances
-    assert distances.get("clipped_surrogate", 0) <= 150
+    assert max(distances.values()) <= 240, distances
+    assert distances.get("clipped_surrogate", 0) <= 170
 
 
 # ---- Equations ----
 
 
-@every_script
+@each_script
 def test_equation_map_names_every_equation_and_each_has_a_test(path):
     mapped = equation_map(path)
     section = re.search(
@@ -276,19 +285,20 @@ def test_equation_map_names_every_equation_and_each_has_a_test(path):
     )[1]
     body = ast.parse(section).body
     equations = {node.name for node in body if isinstance(node, ast.FunctionDef)}
-    assert equations and equations <= mapped <= set(top_level(path))
+    assert equations and equations <= mapped <= set(top_level(path.read_text(encoding="utf-8")))
     tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
-    for name in mapped - {"train"}:
+    for name in mapped:
         assert f".{name}" in tests, name
 
 
-@every_script
+@each_script
 def test_equations_are_short_pure_and_cite_their_paper(path):
-    for name in equation_map(path):
-        node = top_level(path)[name]
+    for name in equation_map(path) - {"nature_cnn"}:  # a network
+        node = top_level(path.read_text(encoding="utf-8"))[name]
         if isinstance(node, ast.ClassDef) or "args" in {arg.arg for arg in node.args.args}:
             continue
-        assert node.end_lineno - node.body[1].lineno < 15, name
+        statements = ast.unparse(node.body[1:]).splitlines()
+        assert len(statements) <= 18, name
         used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         assert not used & {"print", "device", "policy"} or name == "fisher_operator", name
         attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
@@ -298,47 +308,94 @@ def test_equations_are_short_pure_and_cite_their_paper(path):
         assert re.search(cites, ast.get_docstring(node)), name
 
 
-@every_script
+@each_script
 def test_every_public_name_has_a_docstring(path):
-    for name, node in top_level(path).items():
+    for name, node in top_level(path.read_text(encoding="utf-8")).items():
         assert name.endswith("Args") or name == "Minibatch" or ast.get_docstring(node), name
-
-
-@each_first
-def test_departures_name_flags_that_exist(path):
-    module = importlib.import_module(path.stem)
-    fields = {f.name for f in dataclasses.fields(module.Args)}
-    departures = module.__doc__[module.__doc__.index("Departures") :]
-    flags = {
-        re.sub("^no_", "", f.replace("-", "_")) for f in re.findall("--([a-z][-a-z]+)", departures)
-    }
-    assert len(flags) >= 5 and flags <= fields
 
 
 @each_script
 def test_every_departure_from_the_paper_is_in_its_table_or_in_the_docstring(path):
     module = importlib.import_module(path.stem)
     fields = {f.name for f in dataclasses.fields(module.Args)}
-    assert set(module.PAPER) <= fields and len(module.PAPER) >= 8
-    assert "Departures" in module.__doc__ and "--" not in module.__doc__.partition("Departures")[2]
+    assert set(module.PAPER) <= fields and len(module.PAPER) >= 5
+    departures = re.search(r"^Departures .*\n((?: {4}.*\n)+)", module.__doc__, re.MULTILINE)[1]
+    assert len(departures.splitlines()) >= 4 and "--" not in departures
 
 
 # ---- The same name, the same code ----
 
 
-def test_same_name_means_same_code():
+def versions_of(sources):
+    """{name: {code: [scripts]}} of the functions and classes at the top level."""
     versions = defaultdict(lambda: defaultdict(list))
-    for path in FIRST_EDITION:
-        for name, node in top_level(path).items():
-            versions[name][without_docstrings(node)].append(path.name)
-    drift = {
-        name: list(by_code.values())
-        for name, by_code in versions.items()
-        if name not in MAY_DIFFER and len(by_code) > 1
-    }
-    assert not drift
-    shared = [name for name, v in versions.items() if any(len(paths) > 1 for paths in v.values())]
-    assert len(shared) >= 15
+    for script, source in sources.items():
+        for name, node in top_level(source).items():
+            versions[name][without_docstrings(node)].append(script)
+    return versions
+
+
+def drift(versions):
+    """{name: groups of scripts} of the names that have more than one version."""
+    return {name: list(by.values()) for name, by in versions.items() if len(by) > 1}
+
+
+def test_same_name_means_same_code():
+    found = drift(versions_of({path.stem: path.read_text(encoding="utf-8") for path in SCRIPTS}))
+    assert not {name: scripts for name, scripts in found.items() if name not in MAY_DIFFER}
+    assert found.keys() == MAY_DIFFER  # no name is on the list in vain
+
+
+def test_the_lower_halves_are_the_same():
+    """All of them define the same names, in the same order, but for those that may differ."""
+    orders = {}
+    for path in SCRIPTS:
+        orders[path.stem] = []
+        for node in ast.parse(halves(path)[1]).body:
+            if isinstance(node, ast.Assign):
+                orders[path.stem] += [target.id for target in node.targets]
+            else:
+                orders[path.stem].append(getattr(node, "name", without_docstrings(node)))
+    of_discrete = {"say_defaults"}
+    plain = [[name for name in order if name not in of_discrete] for order in orders.values()]
+    assert all(order == plain[0] for order in plain)
+    assert orders["ppo_atari"] == orders["acer_discrete"]
+
+    constants = defaultdict(set)
+    for path in SCRIPTS:
+        for node in ast.parse(halves(path)[1]).body:
+            if isinstance(node, ast.Assign):
+                constants[node.targets[0].id].add(ast.dump(node.value))
+    differ = {name for name, values in constants.items() if len(values) > 1}
+    own = {"ALGORITHM", "GENERATOR", "WHY_AUTO", "SHOWN", "RANGES"}
+    assert differ == own | {"FIXED_ON_EVALUATION", "FIXED_ON_RESUME"}
+    lower = versions_of({path.stem: halves(path)[1] for path in SCRIPTS})
+    same = [name for name, by in lower.items() if len(by) == 1 and len(*by.values()) == 4]
+    assert len(same) >= 25 and drift(lower).keys() <= MAY_DIFFER
+
+
+def diff_size(first, second, folder):
+    """How many lines `diff` marks with < or >."""
+    paths = []
+    for name, text in (("first", first), ("second", second)):
+        paths.append(folder / name)
+        paths[-1].write_text(text, encoding="utf-8")
+    result = subprocess.run(["diff", *paths], capture_output=True, encoding="utf-8")
+    return sum(line[0] in "<>" for line in result.stdout.splitlines())
+
+
+PAIRS = [("ppo_continuous", "trpo_continuous"), ("ppo_continuous", "ppo_atari")]
+PAIRS += [("ppo_atari", "acer_discrete")]
+
+
+@pytest.mark.skipif(shutil.which("diff") is None, reason="needs diff")
+@pytest.mark.parametrize("first, second", PAIRS)
+def test_a_diff_shows_the_difference_of_two_papers(first, second, tmp_path, capsys):
+    pairs = zip(halves(ROOT / f"{first}.py"), halves(ROOT / f"{second}.py"), strict=True)
+    upper, lower = [diff_size(*pair, tmp_path) for pair in pairs]
+    with capsys.disabled():
+        print(f"\ndiff {first} {second}: {upper} lines in the upper half, {lower} in the lower")
+    assert 0 < lower < 100 and 0 < upper < 1000
 
 
 # ---- README ----
