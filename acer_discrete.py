@@ -418,7 +418,7 @@ class ActorCritic(nn.Module):
             return self.policy_head(x).softmax(-1), self.q_head(x)
         return self.policy_head(self.trunk(x)).softmax(-1), self.q_head(self.q_trunk(x))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
         """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
 
@@ -428,7 +428,7 @@ class ActorCritic(nn.Module):
         probs = probs.cpu().nan_to_num(1.0)  # check_segment names a NaN
         return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:

@@ -402,7 +402,7 @@ class ActorCritic(nn.Module):
         """Return the logits z (…, A) and V (…,) for raw observations (…, O)."""
         return self.logits_and_values(self.normalize(obs))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
         """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
 
@@ -416,7 +416,7 @@ class ActorCritic(nn.Module):
         """Turn actions (…,) into actions of the environment (…,)."""
         return samples.cpu().numpy()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:

@@ -345,7 +345,7 @@ class Policy(nn.Module):
             std = line(math.exp(self.log_std_init), math.exp(self.log_std_final), fraction)
             self.log_std.fill_(math.log(std))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
         """Draw a ~ π(·|s) (…, A) for raw observations (…, O), before `to_env`.
 
@@ -358,7 +358,7 @@ class Policy(nn.Module):
         """Map actions of the Gaussian (…, A) to actions of the environment (…, A)."""
         return self.action_map(samples.cpu().numpy())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:

@@ -313,7 +313,7 @@ class Policy(nn.Module):
         """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for raw observations (…, O)."""
         return self.mean_and_log_std(self.normalize(obs))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
         """Draw a ~ π(·|s) (…, A) for raw observations (…, O), before `to_env`.
 
@@ -326,7 +326,7 @@ class Policy(nn.Module):
         """Map actions of the Gaussian (…, A) to actions of the environment (…, A)."""
         return self.action_map(samples.cpu().numpy())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:
