@@ -23,15 +23,7 @@ NINE = (
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
 SWIMMER = "--gamma 0.9999"  # its returns lie beyond the horizon of 0.99
 PPO_FLAGS = {"Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98"}  # see README.md
-QUICK = "--gae-lambda 0.9 --num-steps 32 --num-minibatches 4"
-TRPO_FLAGS = {  # see README.md
-    "Ant-v5": f"{QUICK} --cg-damping 5",
-    "HalfCheetah-v5": "--gae-lambda 0.95 --num-steps 128 --num-minibatches 16 --max-kl 0.02 --cg-damping 0.1",
-    "Hopper-v5": "--gamma 0.995",
-    "Humanoid-v5": QUICK,
-    "Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98 --log-std-init 0 --return-floor 0 --num-envs 2 --num-steps 512",
-    "Walker2d-v5": "--gamma 0.995 --log-std-final -2.5",
-}
+TRPO_FLAGS = {"Swimmer-v5": SWIMMER}
 ATARI = "--eval-episodes 10"
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
 
