@@ -588,8 +588,8 @@ def update(
     metrics = {}
     for name, value in calls[0].items():
         metrics[name] = value.item()
-        replayed = [call[name].item() for call in calls[1:]]
-        metrics[f"replay_{name}"] = mean_or_nan(replayed)
+        replayed = [call[name] for call in calls[1:]]
+        metrics[f"replay_{name}"] = torch.stack(replayed).mean().item() if replayed else math.nan
     metrics["replay_updates"] = float(num_replays)
     metrics["learning_rate"] = rmsprop.lr.item()
     return metrics
@@ -889,10 +889,10 @@ class Replay:
 
     def take(self, slots: Tensor) -> Segment:
         """Return the segment slots[n] of each environment n."""
+        columns = torch.arange(len(slots))
         values = {}
         for name, x in self.memory.items():
-            columns = [x[slot, :, n] for n, slot in enumerate(slots.tolist())]
-            values[name] = torch.stack(columns, 1)  # (T, N, …)
+            values[name] = x[slots, :, columns].transpose(0, 1)  # from (N, T, …) to (T, N, …)
         if self.stacked:
             values["obs"] = stack_frames(values["obs"], values["resets"])
         finals = []
