@@ -59,7 +59,8 @@ Departures from the TRPO paper that no flag reverts (PAPER below lists the other
     Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
     bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
     With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
-    which was sampled without statistics.
+    which was sampled without statistics. Later statistics that would move the policy by more than
+    1.1 δ, step included, are not taken over.
     Adam's ε is 1e-5. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
