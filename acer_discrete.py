@@ -403,30 +403,43 @@ class ActorCritic(nn.Module):
         self.policy_head = mlp((hidden_sizes[-1], num_actions), 0.01, orthogonal)
         self.q_head = mlp((hidden_sizes[-1], num_actions), 1.0, orthogonal)
 
-    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return π and Q, each (…, A), for raw observations (…, O)."""
+    def to_inputs(self, obs: Tensor | np.ndarray) -> Tensor:
+        """Return raw observations (…, O) in the dtype and on the device of the networks."""
         if not isinstance(obs, Tensor):
             obs = torch.from_numpy(np.array(obs, None if self.images else np.float64))
         shape = self.obs_shape
         assert obs.shape[-len(shape) :] == shape, f"an observation has the shape {shape}"
         weight = self.q_head[0].weight
-        x = obs.to(weight.device).to(weight.dtype)
-        if self.images:
-            x = x.reshape(-1, *self.obs_shape) / 255  # (B, C, H, W)
-            x = self.trunk(x.to(memory_format=torch.channels_last))
-            x = x.reshape(*obs.shape[:-3], -1)
-            return self.policy_head(x).softmax(-1), self.q_head(x)
-        return self.policy_head(self.trunk(x)).softmax(-1), self.q_head(self.q_trunk(x))
+        return obs.to(weight.device).to(weight.dtype)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Return what the head of the policy reads, (…, H)."""
+        if not self.images:
+            return self.trunk(inputs)
+        x = inputs.reshape(-1, *self.obs_shape) / 255  # (B, C, H, W)
+        x = self.trunk(x.to(memory_format=torch.channels_last))
+        return x.reshape(*inputs.shape[:-3], -1)
+
+    def probs(self, obs: Tensor | np.ndarray) -> Tensor:
+        """Return π (…, A) for raw observations (…, O)."""
+        return self.policy_head(self.features(self.to_inputs(obs))).softmax(-1)
+
+    def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return π and Q, each (…, A), for raw observations (…, O)."""
+        inputs = self.to_inputs(obs)
+        features = self.features(inputs)
+        q_features = features if self.images else self.q_trunk(inputs)
+        return self.policy_head(features).softmax(-1), self.q_head(q_features)
 
     @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
-        """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
+        """Draw a ~ π(·|s) (…,) for raw observations (…, O).
 
         Without `rng` the noise comes from PyTorch's global generator.
         """
-        probs, _ = self(obs)
-        probs = probs.cpu().nan_to_num(1.0)  # check_segment names a NaN
-        return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
+        probs = self.probs(obs).cpu()
+        noise = torch.empty_like(probs).exponential_(generator=rng)  # E_a ~ Exp(1)
+        return (probs / noise).argmax(-1)  # argmax_a π_a / E_a is a draw from π
 
     @torch.inference_mode()
     def act(
@@ -435,8 +448,7 @@ class ActorCritic(nn.Module):
         """Return the most probable action or a sample for raw observations, one or a batch."""
         if not deterministic:
             return self.sample(obs, rng).numpy()
-        probs, _ = self(obs)
-        return probs.argmax(-1).cpu().numpy()
+        return self.probs(obs).argmax(-1).cpu().numpy()
 
 
 # ---- Loss and update -----------------------------------------------------------------------------
@@ -474,7 +486,7 @@ def acer_loss(
             g = truncated_gradient(*inputs) + args.ent_coef * entropy_gradient(probs)
         z = g
         if args.trust_region:
-            avg_probs, _ = average(batch.obs[:-1])
+            avg_probs = average.probs(batch.obs[:-1])
             z = trust_region_step(g, kl_gradient(avg_probs, probs), args.trust_region_delta)
 
     policy_loss = -(z * probs).sum(-1).mean()  # z is constant, so the gradient is -(∂π/∂θ)ᵀ z
@@ -812,7 +824,7 @@ def collect(envs: Envs, policy: ActorCritic, rng: torch.Generator, num_steps: in
     if obs.dtype != torch.uint8:
         obs = obs.float()
     with torch.no_grad():
-        mu, _ = policy(obs[:-1])
+        mu = policy.probs(obs[:-1])
     return Segment(obs, actions, mu.cpu(), rewards.float(), *flags, finals)
 
 

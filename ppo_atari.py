@@ -404,13 +404,14 @@ class ActorCritic(nn.Module):
 
     @torch.inference_mode()
     def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
-        """Draw a ~ π(·|s) (…,) for raw observations, one (O) or a batch (B, O).
+        """Draw a ~ π(·|s) (…,) for raw observations (…, O).
 
         Without `rng` the noise comes from PyTorch's global generator.
         """
         logits, _ = self(obs)
-        probs = logits.softmax(-1).cpu().nan_to_num(1.0)  # check_rollout names a NaN
-        return torch.multinomial(probs, 1, generator=rng).squeeze(-1)
+        probs = logits.softmax(-1).cpu()
+        noise = torch.empty_like(probs).exponential_(generator=rng)  # E_a ~ Exp(1)
+        return (probs / noise).argmax(-1)  # argmax_a π_a / E_a is a draw from π
 
     def to_env(self, samples: Tensor) -> np.ndarray:
         """Turn actions (…,) into actions of the environment (…,)."""

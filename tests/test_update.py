@@ -813,17 +813,19 @@ class Table(torch.nn.Module):
         self.logits = torch.nn.Parameter(logits.clone())
         self.q = torch.nn.Parameter(q.clone())
 
+    def probs(self, obs):
+        return self.logits[obs[..., 0].long()].softmax(-1)
+
     def forward(self, obs):
-        states = obs[..., 0].long()
-        return self.logits[states].softmax(-1), self.q[states]
+        return self.probs(obs), self.q[obs[..., 0].long()]
 
 
 class Watched(Table):
     """A table that no gradient is taken of."""
 
-    def forward(self, obs):
+    def probs(self, obs):
         assert not torch.is_grad_enabled()
-        return super().forward(obs)
+        return super().probs(obs)
 
 
 def example_gradients(average=None, **flags):
