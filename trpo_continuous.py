@@ -88,6 +88,7 @@ from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_h
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -97,7 +98,8 @@ from tqdm import tqdm
 
 @dataclass
 class RunArgs:
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id, or module:Env-v0 for an environment of your own
+    # Gymnasium id, module:Env-v0 for an environment of your own, or envpool:HalfCheetah-v5
+    env_id: str = "HalfCheetah-v5"
     seed: int = 1  # seed of weights, noise, minibatches and environments
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
     # a larger value stretches the schedules
@@ -120,6 +122,9 @@ class RunArgs:
 @dataclass
 class EnvironmentArgs:
     num_envs: int = 16  # N, number of environments, stepped one after another
+    # threads that step the environments of EnvPool, for ids such as envpool:HalfCheetah-v5
+    # (default: one for each core)
+    env_threads: int | None = None
     # normalize observations by their running mean and std, and clip them to ±10
     norm_obs: bool = True
     # divide rewards by the running std of their rolling discounted sum, and clip them to ±10
@@ -198,6 +203,8 @@ PAPER = {  # --paper: TRPO section 8.1 and appendix E
 
 CG_TOLERANCE = 1e-10  # of the squared norm of the residual, relative to that of g
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
+POOL = "envpool:"  # prefix of the ids of EnvPool
+ALL = slice(None)  # of the environments
 HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
@@ -283,6 +290,7 @@ class Policy(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
         super().__init__()
         (action_dim,) = action_space.shape
+        self.action_dim = action_dim
         self.norm_obs = args.norm_obs
         self.obs_stats = RunningMeanStd(*obs_shape)
         sizes = (*obs_shape, *args.hidden_sizes, action_dim)
@@ -315,27 +323,28 @@ class Policy(nn.Module):
         return self.mean_and_log_std(self.normalize(obs))
 
     @torch.inference_mode()
-    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
-        """Draw a ~ π(·|s) (…, A) for raw observations (…, O), before `to_env`.
+    def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
+        """Return μ_θ(s) + σ ε (…, A) for raw observations (…, O), and noise ε (…, A).
 
-        Without `rng` the noise comes from PyTorch's global generator.
+        With ε ~ N(0, I) it is a draw from π(·|s), before `to_env`.
         """
         mean, log_std = self(obs)
-        return mean + log_std.exp() * torch.randn(mean.shape, generator=rng).to(mean)
+        return mean + log_std.exp() * noise.to(mean)
 
     def to_env(self, samples: Tensor) -> np.ndarray:
         """Map actions of the Gaussian (…, A) to actions of the environment (…, A)."""
         return self.action_map(samples.cpu().numpy())
 
-    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:
-        """Return the mean action or a sample for raw observations (…, O), as `to_env` gives it."""
-        if not deterministic:
-            return self.to_env(self.sample(obs, rng))
-        mean, _ = self(obs)
-        return self.to_env(mean)
+        """Return the mean action or a sample for raw observations (…, O), as `to_env` gives it.
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
+        shape = (*np.shape(obs)[:-1], self.action_dim)
+        noise = torch.zeros(shape) if deterministic else torch.randn(shape, generator=rng)
+        return self.to_env(self.sample(obs, noise))
 
 
 class Critic(nn.Module):
@@ -666,24 +675,20 @@ def update(
 class Envs:
     """N Gymnasium environments, stepped one after another.
 
-    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
-    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
-    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
+    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
     raise InputError if an environment returns something else than Gymnasium asks for.
     """
 
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+    def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
         self.envs = envs
         self.action_space = envs[0].action_space
         space = envs[0].observation_space
         self.obs = np.zeros((len(envs), *space.shape), space.dtype)
         self.spaces = describe_spaces(space, self.action_space)
         self.fps = envs[0].metadata.get("render_fps") or 30
-        self.episodes = deque(maxlen=100)
-        self.returns = np.zeros(len(envs))
-        self.lengths = np.zeros(len(envs), int)
+        self.lengths = np.zeros(len(envs), int)  # steps of the unfinished episodes
         self.rng_states = rng_states or [None] * len(envs)
-        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
         for i, env in enumerate(envs):
             env.reset(seed=int(seeds[i]))  # only to seed env.np_random
             if self.rng_states[i] is not None:
@@ -695,7 +700,6 @@ class Envs:
         env = self.envs[i]
         if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
             self.rng_states[i] = to_python(env.np_random.bit_generator.state)
-        self.returns[i] = 0
         self.lengths[i] = 0
         result = env.reset()
         try:
@@ -724,9 +728,7 @@ class Envs:
             except (TypeError, ValueError, OverflowError) as error:
                 raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
-        self.returns += rewards
         for i in np.flatnonzero(terminated | truncated):
-            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
             self.reset(i)
         return next_obs, rewards, terminated, truncated
 
@@ -755,6 +757,46 @@ class Envs:
         close_all(self.envs)
 
 
+class PoolEnvs:
+    """N environments of EnvPool, stepped in threads, with the attributes and methods of Envs.
+
+    Its random states can't be saved. `rng_states` counts the steps so far, which give a resumed
+    run other seeds. The spaces are those of the Gymnasium task of the same name.
+    """
+
+    def __init__(self, task: str, seeds: np.ndarray, steps: int, threads: int):
+        try:
+            import envpool
+        except ImportError as error:
+            raise InputError(f"--env-id {POOL}{task}: pip install envpool") from error
+        if task not in envpool.list_all_envs():
+            raise InputError(f"--env-id {POOL}{task}: EnvPool has no such task. Try {task}")
+        with closing(gym.make(task)) as env:
+            check_spaces(env, task)
+            self.action_space = env.action_space
+            self.spaces = describe_spaces(env.observation_space, env.action_space)
+            self.fps = env.metadata["render_fps"]
+        seeds = [int(seed >> 1) for seed in seeds]  # it takes 31 bits
+        self.pool = envpool.make_gymnasium(
+            task, num_envs=len(seeds), seed=seeds, num_threads=threads
+        )
+        self.obs, _ = self.pool.reset()
+        self.rng_states = [steps] * len(seeds)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take actions (N, A), and start an episode where one ends. See Envs.step."""
+        next_obs, rewards, terminated, truncated, _ = self.pool.step(actions.astype(np.float64))
+        self.obs = next_obs.copy()
+        over = np.flatnonzero(terminated | truncated)
+        if len(over) > 0:  # EnvPool by itself would reset them in the next step, and lose it
+            self.obs[over], _ = self.pool.reset(over)
+        self.rng_states = [steps + 1 for steps in self.rng_states]
+        return next_obs, rewards.astype(np.float64), terminated, truncated
+
+    def close(self) -> None:
+        close_all([self.pool])
+
+
 def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Box) -> dict:
     """Return what a checkpoint keeps of the spaces."""
     return {
@@ -776,17 +818,41 @@ class Rollout(NamedTuple):
     done: Tensor  # (T, N)  terminated | truncated
 
 
-def collect(envs: Envs, policy: nn.Module, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run the policy for T steps in each environment. Returns raw values."""
+def collect(envs: Envs, policy: nn.Module, noise: Tensor) -> Rollout:
+    """Run the policy for T steps with noise (T, N, A). Returns raw values."""
     steps = []
-    for _ in range(num_steps):
+    for noise_t in noise:
         obs = envs.obs
-        actions = policy.sample(obs, rng)
+        actions = policy.sample(obs, noise_t)
         next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
         done = terminated | truncated
         steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
     columns = [np.stack(column) for column in zip(*steps, strict=True)]
     return Rollout(*map(torch.from_numpy, columns))
+
+
+class Episodes:
+    """Counts returns, from raw rewards, and lengths. `last` has those of the last 100 episodes."""
+
+    def __init__(self, num_envs: int, last: Iterable[tuple[float, int]] = ()):
+        self.last = deque(last, maxlen=100)  # (return, length)
+        self.returns = np.zeros(num_envs)  # of the unfinished episodes
+        self.lengths = np.zeros(num_envs, int)
+
+    def add(self, rewards: Tensor, ended: Tensor) -> None:
+        """Count T steps: their rewards and whether they ended an episode, (T, N) each."""
+        for reward, end in zip(rewards.numpy(), ended.numpy(), strict=True):
+            self.returns += reward
+            self.lengths += 1
+            for i in np.flatnonzero(end):
+                self.last.append((float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i] = 0
+                self.lengths[i] = 0
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the last 100 episodes, NaN if none ended."""
+        returns, lengths = zip(*self.last, strict=True) if self.last else ((), ())
+        return {"episodic_return": mean_or_nan(returns), "episodic_length": mean_or_nan(lengths)}
 
 
 def rolling_discounted_sums(
@@ -884,22 +950,70 @@ class ActionMap:
         return actions.astype(self.low.dtype)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process, and how many torchrun has started: 0 and 1 without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def own_part(num_envs: int) -> slice:
+    """Return which of the N environments this process steps."""
+    rank, size = rank_and_size()
+    share = num_envs // size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def gather(value: object) -> list:
+    """Return the values of all processes, in their order. Each process has to call it."""
+    _, size = rank_and_size()
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def env_options(args: Args) -> dict[str, int]:
+    """Return the arguments of make_envs that are for training, not for evaluation."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
+    return {"env_threads": args.env_threads or cores}
+
+
 def make_envs(
-    env_id: str, num_envs: int, seed: int, rng_states: list | None = None, **kwargs
-) -> Envs:
-    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError."""
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    rng_states: list | None = None,
+    part: slice = ALL,
+    env_threads: int = 0,
+    **kwargs,
+) -> Envs | PoolEnvs:
+    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
+
+    envpool:Hopper-v5 with `env_threads` is EnvPool's task, without it Gymnasium's Hopper-v5.
+    """
     with suppress(Exception):
         import mujoco
 
         mujoco.set_mju_user_warning(mujoco_warning)
     if env_id.count(":") > 1 or env_id.startswith(":"):
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
+    pooled = env_id.startswith(POOL) and env_threads > 0
+    env_id = env_id.removeprefix(POOL)
+    rng_states = rng_states and rng_states[part]
     envs = []
     try:
-        for _ in range(num_envs):
+        if pooled:
+            steps = rng_states[0] if rng_states else 0
+            seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
+            return PoolEnvs(env_id, seeds, steps, env_threads)
+        seeds = np.random.SeedSequence(seed).generate_state(num_envs)[part]
+        for _ in seeds:
             envs.append(gym.make(env_id, **kwargs))
             check_spaces(envs[-1], env_id)
-        return Envs(envs, seed, rng_states)
+        return Envs(envs, seeds, rng_states)
     except BaseException as error:
         close_all(envs)
         if isinstance(error, gym.error.Error | ImportError):
@@ -1044,7 +1158,10 @@ def trpo(
     for name in ("exploration", "minibatches"):
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
-    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"))
+    rng_states = state.get("env_rng_states")
+    part = own_part(args.num_envs)
+    options = env_options(args)
+    envs = make_envs(args.env_id, args.num_envs, env_seed, rng_states, part, **options)
     with closing(envs):
         policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(args.torch_device)
         critic = Critic(envs.obs.shape[1:], args).to(args.torch_device)
@@ -1057,7 +1174,7 @@ def trpo(
             for name, rng in rngs.items():
                 rng.set_state(state[name])
         step = state.get("step", 0)
-        envs.episodes.extend(state.get("episodes", ()))
+        episodes = Episodes(args.num_envs, state.get("episodes", ()))
         running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
         train_step = compile_step(minibatch_step)
 
@@ -1067,7 +1184,13 @@ def trpo(
             final_lr = 0.0 if args.anneal_lr else args.learning_rate
             adam.lr.fill_(line(args.learning_rate, final_lr, fraction))
 
-            raw = collect(envs, policy, rngs["exploration"], args.num_steps)
+            shape = (args.num_steps, args.num_envs, policy.action_dim)
+            noise = torch.randn(shape, generator=rngs["exploration"])
+            raw = collect(envs, policy, noise[:, part])
+            # Without torchrun there is one part. With it each process has one, and gets all
+            parts, rng_states = zip(*gather((raw, envs.rng_states)), strict=True)
+            raw = Rollout(*[torch.cat(column, 1) for column in zip(*parts, strict=True)])
+            episodes.add(raw.rewards, raw.done)
             check_rollout(raw, iteration, args.norm_obs)
             before = [x.detach().clone() for x in policy(raw.obs)]
             first = policy.obs_stats.count == 0
@@ -1093,10 +1216,9 @@ def trpo(
             step += args.batch_size
             state.update({name: module.state_dict() for name, module in modules.items()})
             state.update({name: generator.get_state() for name, generator in rngs.items()})
-            state.update(step=step, episodes=list(envs.episodes))
-            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
-            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
-            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            state.update(step=step, episodes=list(episodes.last))
+            state.update(env_rng_states=sum(rng_states, []), spaces=envs.spaces)
+            metrics |= episodes.means()
             yield metrics
 
 
@@ -1121,7 +1243,7 @@ FIXED_ON_RESUME = (
 )
 RANGES = (
     (
-        "total_timesteps num_envs num_steps update_epochs num_minibatches hidden_sizes "
+        "total_timesteps num_envs env_threads num_steps update_epochs num_minibatches hidden_sizes "
         "learning_rate max_kl natural_step cg_iterations fisher_subsample line_search_steps",
         lambda x: x > 0,
         "must be positive",
@@ -1163,6 +1285,10 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
     start from `Args(**load_checkpoint(path)["args"])`.
     """
+    rank, _ = rank_and_size()
+    if rank > 0:
+        follow(_signals)
+        return {}
     folder = Path.cwd()  # an environment may change it
     args = check_args(args)
     require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
@@ -1177,7 +1303,9 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         check_film(args)
     torch.set_num_threads(args.torch_threads)
     with Log(args, start, folder) as log:
+        gather((args, state))  # to the processes that follow
         saved_at = -math.inf
+        stopped = False
         with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
             for metrics in iterations:
                 log(state["step"], metrics)
@@ -1187,18 +1315,19 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
                         save_checkpoint(log.run_dir, args, state)
                     except SaveError as error:
                         say(f"{error}. The next try is in a minute")
-                if _signals:
+                stopped = any(gather(bool(_signals)))
+                if stopped:
                     break
         checkpoint = str(log.run_dir / "checkpoint.pt")
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
         evaluation = {}
-        if args.eval_episodes and not _signals:
+        if args.eval_episodes and not stopped:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
             log.end_evaluation(state["step"], evaluation)
         say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
-        if args.video_dir and not _signals:
+        if args.video_dir and not stopped:
             film(load_policy(checkpoint), args, _signals)
     deterministic = evaluation.get("deterministic")
     return {
@@ -1208,6 +1337,16 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         "checkpoint": checkpoint,
         "run_dir": str(log.run_dir),
     }
+
+
+def follow(signals: Sequence[int]) -> None:
+    """Train along with the first process of torchrun, which logs, saves and evaluates."""
+    args, state = gather(None)[0]  # what the first process has checked
+    torch.set_num_threads(args.torch_threads)
+    with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+        for _ in iterations:
+            if any(gather(bool(signals))):
+                break
 
 
 def evaluate(
@@ -1337,6 +1476,9 @@ def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
+    rank, _ = rank_and_size()
+    if rank > 0 and file is None:  # of torchrun's processes only the first one prints
+        return
     file = file or sys.stdout
     with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
@@ -1457,7 +1599,9 @@ class Log:
         say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
         size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
-        say(size + (f", from {step:,}" if step else ""))
+        size += f", from {step:,}" if step else ""
+        _, processes = rank_and_size()
+        say(size + (f", {processes} processes" if processes > 1 else ""))
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step + args.batch_size > args.total_timesteps:
@@ -1654,6 +1798,10 @@ def check_args(args: Args) -> Args:
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
     require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    _, processes = rank_and_size()
+    why = f"--num-envs {args.num_envs} is not a multiple of the {processes} processes of torchrun"
+    require(args.num_envs % processes == 0, why)
+    require(processes == 1 or not args.evaluate, "--evaluate: run it without torchrun")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1672,7 +1820,7 @@ def check_args(args: Args) -> Args:
 
 def check_environment(args: Args, spaces: dict | None) -> None:
     """Raise InputError unless the environment works with this script and with a checkpoint."""
-    envs = make_envs(args.env_id, 1, args.seed)
+    envs = make_envs(args.env_id, 1, args.seed, **env_options(args))
     envs.close()
     fits = spaces is None or spaces == envs.spaces
     require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
@@ -1776,11 +1924,24 @@ def drop_unread_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def join_processes() -> None:
+    """Join the processes that torchrun has started. Each takes the GPU of its number."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that the connection to another process broke."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def main() -> int:
     """Run the command line. Returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]
@@ -1790,6 +1951,8 @@ def main() -> int:
 
     def stop(number: int, _) -> None:
         signals.append(number)
+        if launched:  # torchrun repeats signals
+            return
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
@@ -1798,20 +1961,32 @@ def main() -> int:
 
     for n in caught:
         signal.signal(n, stop)
+    name = f"{SCRIPT}.py"
     try:
-        args = parse_args()
+        if launched:
+            join_processes()
+        rank, _ = rank_and_size()
+        if rank > 0:
+            name += f", process {rank}"
+        args = parse_args() if rank == 0 else Args()  # train gives the others the args of the first
         if args.evaluate:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
     except InputError as error:
-        say(f"{SCRIPT}.py: {error}", sys.stderr)
+        say(f"{name}: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
-        say(f"{SCRIPT}.py: {error}", sys.stderr)
+        say(f"{name}: {error}", sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        if rank == 0:
+            say(f"{name}: another process ended. The last checkpoint stays", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)
