@@ -79,6 +79,7 @@ from typing import Literal, NamedTuple, TextIO, get_args, get_origin, get_type_h
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -209,6 +210,7 @@ PAPER = {  # --paper: PPO section 6.4 and Table 5
 THREADS = torch.get_num_threads()  # of PyTorch, for images
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 PIXEL_LIMIT = 5.0  # normalized pixels are clipped to ± this
+ALL = slice(None)  # of the environments
 HUGE = 1e10  # larger observations need norm_obs
 ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
 FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
@@ -340,7 +342,9 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.norm_obs = args.norm_obs
         self.bf16 = args.bf16
+        self.obs_dims = len(obs_shape)
         self.images = len(obs_shape) == 3
+        self.num_actions = num_actions
         self.obs_stats = RunningMeanStd(*obs_shape)
         self.reward_stats = RunningMeanStd()
         hidden_sizes = args.hidden_sizes
@@ -403,29 +407,26 @@ class ActorCritic(nn.Module):
         return self.logits_and_values(self.normalize(obs))
 
     @torch.inference_mode()
-    def sample(self, obs: np.ndarray, rng: torch.Generator | None = None) -> Tensor:
-        """Draw a ~ π(·|s) (…,) for raw observations (…, O).
+    def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
+        """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        Without `rng` the noise comes from PyTorch's global generator.
+        With E_a ~ Exp(1) it is a draw from π(·|s), with E_a = 1 the most probable action.
         """
         logits, _ = self(obs)
         probs = logits.softmax(-1).cpu()
-        noise = torch.empty_like(probs).exponential_(generator=rng)  # E_a ~ Exp(1)
-        return (probs / noise).argmax(-1)  # argmax_a π_a / E_a is a draw from π
+        return (probs / noise).argmax(-1)
 
-    def to_env(self, samples: Tensor) -> np.ndarray:
-        """Turn actions (…,) into actions of the environment (…,)."""
-        return samples.cpu().numpy()
-
-    @torch.inference_mode()
     def act(
         self, obs: np.ndarray, deterministic: bool = True, rng: torch.Generator | None = None
     ) -> np.ndarray:
-        """Return the most probable action or a sample for raw observations, one or a batch."""
+        """Return the most probable action or a sample for raw observations, one or a batch.
+
+        Without `rng` the noise comes from PyTorch's global generator.
+        """
+        noise = torch.ones(*np.shape(obs)[: -self.obs_dims], self.num_actions)
         if not deterministic:
-            return self.to_env(self.sample(obs, rng))
-        logits, _ = self(obs)
-        return self.to_env(logits.argmax(-1))
+            noise = noise.exponential_(generator=rng)
+        return self.sample(obs, noise).numpy()
 
 
 # ---- Loss and update -----------------------------------------------------------------------------
@@ -523,7 +524,8 @@ def minibatch_step(
     loss, metrics = ppo_loss(policy, batch, eps_clip, args)
     params = list(policy.parameters())
     grads = torch.autograd.grad(loss, params)
-    grad, grad_norm = clip_global_norm(grads, args.max_grad_norm)
+    grad = mean_of_processes(torch.cat([grad.flatten() for grad in grads]))
+    grad, grad_norm = clip_global_norm([grad], args.max_grad_norm)
     adam.step(params, grad)
     metrics["grad_norm"] = grad_norm
     return {name: value.detach() for name, value in metrics.items()}
@@ -572,7 +574,8 @@ def advantages(
     adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
     if args.norm_adv:
-        adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+        every = torch.cat(gather(adv.cpu()), 1).to(adv.device)  # of all processes
+        adv = (adv - every.mean()) / (every.std() + 1e-8)
     return adv, returns, values, logits
 
 
@@ -608,7 +611,7 @@ def update(
             adv=adv,
             returns=returns,
         )
-        order = torch.randperm(args.batch_size, generator=rng).to(adv.device)
+        order = torch.randperm(adv.numel(), generator=rng).to(adv.device)
         shuffled = [x.flatten(0, 1).index_select(0, order) for x in batch]  # (B, …)
         chunks = [x.chunk(args.num_minibatches) for x in shuffled]
         for minibatch in zip(*chunks, strict=True):
@@ -620,7 +623,8 @@ def update(
         means[name] = torch.stack([metrics[name] for metrics in history]).mean().item()
     means["explained_variance"] = explained_variance.item()
     means["learning_rate"] = adam.lr.item()
-    return means
+    parts = gather(means)
+    return {name: float(np.mean([part[name] for part in parts])) for name in means}
 
 
 # ---- Environments and rollout --------------------------------------------------------------------
@@ -629,24 +633,20 @@ def update(
 class Envs:
     """N Gymnasium environments, stepped one after another.
 
-    `obs` (N, O) is what to act on next. `episodes` holds (return, length) of the last 100 episodes
-    that ended, from raw rewards. `rng_states[i]` is the random state of environment i before its
-    last reset. A resumed run starts from these states, so it repeats these resets. All methods
+    `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
+    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
     raise InputError if an environment returns something else than Gymnasium asks for.
     """
 
-    def __init__(self, envs: list[gym.Env], seed: int, rng_states: list | None = None):
+    def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
         self.envs = envs
         self.action_space = envs[0].action_space
         space = envs[0].observation_space
         self.obs = np.zeros((len(envs), *space.shape), space.dtype)
         self.spaces = describe_spaces(space, self.action_space)
         self.fps = envs[0].metadata.get("render_fps") or 30
-        self.episodes = deque(maxlen=100)
-        self.returns = np.zeros(len(envs))
-        self.lengths = np.zeros(len(envs), int)
+        self.lengths = np.zeros(len(envs), int)  # steps of the unfinished episodes
         self.rng_states = rng_states or [None] * len(envs)
-        seeds = np.random.SeedSequence(seed).generate_state(len(envs))
         for i, env in enumerate(envs):
             env.reset(seed=int(seeds[i]))  # only to seed env.np_random
             if self.rng_states[i] is not None:
@@ -658,7 +658,6 @@ class Envs:
         env = self.envs[i]
         if isinstance(env.np_random, np.random.Generator):  # the state of others can't be saved
             self.rng_states[i] = to_python(env.np_random.bit_generator.state)
-        self.returns[i] = 0
         self.lengths[i] = 0
         result = env.reset()
         try:
@@ -687,9 +686,7 @@ class Envs:
             except (TypeError, ValueError, OverflowError) as error:
                 raise self.wrong_result(i, result) from error
         self.obs = next_obs.copy()
-        self.returns += rewards
         for i in np.flatnonzero(terminated | truncated):
-            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
             self.reset(i)
         return next_obs, rewards, terminated, truncated
 
@@ -729,15 +726,15 @@ class AtariEnvs:
     An observation is the last four frames in gray, 84 x 84 pixels. An action is repeated for four
     frames, and a pixel is the maximum over the last two (DQN Methods). A game begins with up to 30
     no-ops. With `life_loss`, `terminated` is also True for a lost life, after which the game goes
-    on. `episodes` holds whole games.
+    on. `rng_states` counts the steps so far, which give a resumed run other seeds: ALE's random
+    states can't be saved.
     """
 
     def __init__(
         self,
         game: str,
-        num_envs: int,
-        seed: int,
-        rng_states: list | None,
+        seeds: np.ndarray,
+        steps: int,
         life_loss: bool,
         repeat_action_probability: float,
         color: bool,
@@ -754,21 +751,17 @@ class AtariEnvs:
             life_loss_info=life_loss,
             repeat_action_probability=repeat_action_probability,
         )
-        self.ale = make(num_envs, stack_num=FRAME_STACK)
+        self.ale = make(len(seeds), stack_num=FRAME_STACK)
         self.action_space = self.ale.single_action_space
         self.spaces = describe_spaces(self.ale.single_observation_space, self.action_space)
         self.fps = 60 / FRAME_SKIP
-        self.episodes = deque(maxlen=100)
-        self.returns = np.zeros(num_envs)
-        self.lengths = np.zeros(num_envs, int)
-        # ALE's random states can't be saved. The number of steps so far gives a resumed run others
-        self.rng_states = rng_states or [0]
-        seeds = np.random.SeedSequence((seed, *self.rng_states)).generate_state(num_envs)
+        self.lengths = np.zeros(len(seeds), int)  # steps of the unfinished games
+        self.rng_states = [steps] * len(seeds)
         seeds = (seeds >> 1).astype(np.int32)
         self.obs, info = self.ale.reset(seed=seeds)
         self.frames = info["episode_frame_number"]
         self.lives = info["lives"]
-        self.lost_life = np.zeros(num_envs, bool)
+        self.lost_life = np.zeros(len(seeds), bool)
         self.has_fire = self.ale.ale.get_action_set()[1] == ale_py.Action.FIRE
         self.twin = None  # the first game once more, in color: same seed, same actions
         if color:
@@ -788,16 +781,11 @@ class AtariEnvs:
         self.lost_life = info["lives"] < self.lives
         self.lives = info["lives"]
         self.obs = obs
-        self.returns += rewards
-        self.lengths += 1
-        self.rng_states = [self.rng_states[0] + 1]
+        self.lengths = np.where(over, 0, self.lengths + 1)
+        self.rng_states = [steps + 1 for steps in self.rng_states]
         next_obs = obs
         if over.any():
             next_obs = np.where(over[:, None, None, None], info["final_obs"], obs)
-        for i in np.flatnonzero(over):
-            self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
-            self.returns[i] = 0
-            self.lengths[i] = 0
         return next_obs, rewards.astype(float), terminated, truncated
 
     def render(self) -> np.ndarray:
@@ -817,19 +805,45 @@ class Rollout(NamedTuple):
     rewards: Tensor  # (T, N)
     terminated: Tensor  # (T, N)
     done: Tensor  # (T, N)  terminated | truncated
+    resets: Tensor  # (T, N)  a new episode began. After a lost life a game goes on
 
 
-def collect(envs: Envs, policy: nn.Module, rng: torch.Generator, num_steps: int) -> Rollout:
-    """Run the policy for T steps in each environment (PPO Algorithm 1). Returns raw values."""
+def collect(envs: Envs, policy: nn.Module, noise: Tensor) -> Rollout:
+    """Run the policy for T steps (PPO Algorithm 1) with noise (T, N, A). Returns raw values."""
     steps = []
-    for _ in range(num_steps):
+    for noise_t in noise:
         obs = envs.obs
-        actions = policy.sample(obs, rng)
-        next_obs, rewards, terminated, truncated = envs.step(policy.to_env(actions))
+        actions = policy.sample(obs, noise_t).numpy()
+        next_obs, rewards, terminated, truncated = envs.step(actions)
         done = terminated | truncated
-        steps.append((obs, next_obs, actions.cpu().numpy(), rewards, terminated, done))
+        resets = envs.lengths == 0
+        steps.append((obs, next_obs, actions, rewards, terminated, done, resets))
     columns = [np.stack(column) for column in zip(*steps, strict=True)]
     return Rollout(*map(torch.from_numpy, columns))
+
+
+class Episodes:
+    """Counts returns, from raw rewards, and lengths. `last` has those of the last 100 episodes."""
+
+    def __init__(self, num_envs: int, last: Iterable[tuple[float, int]] = ()):
+        self.last = deque(last, maxlen=100)  # (return, length)
+        self.returns = np.zeros(num_envs)  # of the unfinished episodes
+        self.lengths = np.zeros(num_envs, int)
+
+    def add(self, rewards: Tensor, ended: Tensor) -> None:
+        """Count T steps: their rewards and whether they ended an episode, (T, N) each."""
+        for reward, end in zip(rewards.numpy(), ended.numpy(), strict=True):
+            self.returns += reward
+            self.lengths += 1
+            for i in np.flatnonzero(end):
+                self.last.append((float(self.returns[i]), int(self.lengths[i])))
+                self.returns[i] = 0
+                self.lengths[i] = 0
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the last 100 episodes, NaN if none ended."""
+        returns, lengths = zip(*self.last, strict=True) if self.last else ((), ())
+        return {"episodic_return": mean_or_nan(returns), "episodic_length": mean_or_nan(lengths)}
 
 
 def rolling_discounted_sums(
@@ -886,14 +900,14 @@ class RunningMeanStd(nn.Module):
         self.std = torch.ones(shape, dtype=torch.float64)
 
     def update(self, rows: Tensor) -> None:
-        """Merge rows (B, *shape)."""
+        """Merge rows (B, *shape) of each process."""
         rows = rows.to("cpu", torch.float64)
-        self.count += len(rows)
-        weight = len(rows) / self.count
-        mean = rows.mean(0)
-        var = rows.var(0, correction=0) + (1 - weight) * (mean - self.mean).square()
-        self.mean = (1 - weight) * self.mean + weight * mean
-        self.var = (1 - weight) * self.var + weight * var
+        for count, mean, var in gather((len(rows), rows.mean(0), rows.var(0, correction=0))):
+            self.count += count
+            weight = count / self.count
+            var = var + (1 - weight) * (mean - self.mean).square()
+            self.mean = (1 - weight) * self.mean + weight * mean
+            self.var = (1 - weight) * self.var + weight * var
         constant = self.var <= (1e-12 * self.mean).square()  # zero to rounding
         self.std = torch.where(constant, 1.0, self.var.sqrt())
 
@@ -906,16 +920,57 @@ class RunningMeanStd(nn.Module):
             setattr(self, name, value)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process, and how many torchrun has started: 0 and 1 without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def own_part(num_envs: int) -> slice:
+    """Return which of the N environments this process steps."""
+    rank, size = rank_and_size()
+    share = num_envs // size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def gather(value: object) -> list:
+    """Return the values of all processes, in their order. Each process has to call it."""
+    _, size = rank_and_size()
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean_of_processes(x: Tensor) -> Tensor:
+    """Return the mean over all processes of a tensor that each has."""
+    _, size = rank_and_size()
+    if size > 1:
+        dist.all_reduce(x)
+        x = x / size
+    return x
+
+
+def env_options(args: Args) -> dict[str, bool | float]:
+    """Return the arguments of make_envs that are for training, not for evaluation."""
+    return {
+        "life_loss": args.life_loss_terminal,
+        "repeat_action_probability": args.repeat_action_probability,
+    }
+
+
 def make_envs(
     env_id: str,
     num_envs: int,
     seed: int,
     rng_states: list | None = None,
+    part: slice = ALL,
     life_loss: bool = False,
     repeat_action_probability: float = 0.0,
     **kwargs,
 ) -> Envs | AtariEnvs:
-    """Make `num_envs` environments. `kwargs` are those of gym.make. Raises InputError.
+    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
 
     `life_loss` and `repeat_action_probability` are for games of ALE only.
     """
@@ -927,23 +982,28 @@ def make_envs(
         mujoco.set_mju_user_warning(mujoco_warning)
     if env_id.count(":") > 1 or env_id.startswith(":"):
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
+    if env_id.startswith("envpool:"):
+        raise InputError(f"--env-id {env_id}: EnvPool is for the scripts of continuous actions")
+    rng_states = rng_states and rng_states[part]
     envs = []
     try:
         game = ale_game(env_id)
         if game is not None:
+            steps = rng_states[0] if rng_states else 0
+            seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return AtariEnvs(
                 game,
-                num_envs,
-                seed,
-                rng_states,
+                seeds,
+                steps,
                 life_loss,
                 repeat_action_probability,
                 color="render_mode" in kwargs,
             )
-        for _ in range(num_envs):
+        seeds = np.random.SeedSequence(seed).generate_state(num_envs)[part]
+        for _ in seeds:
             envs.append(gym.make(env_id, **kwargs))
             check_spaces(envs[-1], env_id)
-        return Envs(envs, seed, rng_states)
+        return Envs(envs, seeds, rng_states)
     except BaseException as error:
         close_all(envs)
         if isinstance(error, gym.error.Error | ImportError):
@@ -1098,11 +1158,10 @@ def ppo(
     for name in ("exploration", "minibatches"):
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
-    ale = {
-        "life_loss": args.life_loss_terminal,
-        "repeat_action_probability": args.repeat_action_probability,
-    }
-    envs = make_envs(args.env_id, args.num_envs, env_seed, state.get("env_rng_states"), **ale)
+    rng_states = state.get("env_rng_states")
+    part = own_part(args.num_envs)
+    options = env_options(args)
+    envs = make_envs(args.env_id, args.num_envs, env_seed, rng_states, part, **options)
     with closing(envs):
         num_actions = int(envs.action_space.n)
         policy = ActorCritic(envs.obs.shape[1:], num_actions, args).to(args.torch_device)
@@ -1115,8 +1174,8 @@ def ppo(
             for name, rng in rngs.items():
                 rng.set_state(state[name])
         step = state.get("step", 0)
-        envs.episodes.extend(state.get("episodes", ()))
-        running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
+        episodes = Episodes(args.num_envs, state.get("episodes", ()))
+        running_sum = torch.zeros(len(envs.obs), dtype=torch.float64)
         train_step = compile_step(minibatch_step)
         stride = FRAME_STACK if args.images else 1  # enough of ALE's stacks to see each frame
 
@@ -1130,7 +1189,13 @@ def ppo(
             final_clip = 0.0 if args.anneal_clip else args.clip_coef
             eps_clip = line(args.clip_coef, final_clip, fraction)
 
-            raw = collect(envs, policy, rngs["exploration"], args.num_steps)
+            shape = (args.num_steps, args.num_envs, num_actions)
+            noise = torch.empty(shape).exponential_(generator=rngs["exploration"])
+            raw = collect(envs, policy, noise[:, part])
+            # Each process of torchrun has some of the environments. Episodes are counted for all
+            columns = gather((raw.rewards, raw.resets, envs.rng_states))
+            rewards, resets, rng_states = zip(*columns, strict=True)
+            episodes.add(torch.cat(rewards, 1), torch.cat(resets, 1))
             check_rollout(raw, iteration, args.norm_obs)
             first = policy.obs_stats.count == 0
             # The first rollout is sampled without statistics. They are then computed from it, and
@@ -1149,10 +1214,9 @@ def ppo(
             step += args.batch_size
             state.update({name: module.state_dict() for name, module in modules.items()})
             state.update({name: generator.get_state() for name, generator in rngs.items()})
-            state.update(step=step, episodes=list(envs.episodes))
-            state.update(env_rng_states=list(envs.rng_states), spaces=envs.spaces)
-            metrics["episodic_return"] = mean_or_nan([ret for ret, _ in envs.episodes])
-            metrics["episodic_length"] = mean_or_nan([length for _, length in envs.episodes])
+            state.update(step=step, episodes=list(episodes.last))
+            state.update(env_rng_states=sum(rng_states, []), spaces=envs.spaces)
+            metrics |= episodes.means()
             yield metrics
 
 
@@ -1220,6 +1284,10 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
     start from `Args(**load_checkpoint(path)["args"])`.
     """
+    rank, _ = rank_and_size()
+    if rank > 0:
+        follow(_signals)
+        return {}
     folder = Path.cwd()  # an environment may change it
     args = check_args(args)
     require(not args.evaluate, "--evaluate: in Python use evaluate_policy(load_policy(path), args)")
@@ -1234,7 +1302,9 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         check_film(args)
     torch.set_num_threads(args.torch_threads)
     with Log(args, start, folder) as log:
+        gather((args, state))  # to the processes that follow
         saved_at = -math.inf
+        stopped = False
         with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
             for metrics in iterations:
                 log(state["step"], metrics)
@@ -1244,18 +1314,19 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
                         save_checkpoint(log.run_dir, args, state)
                     except SaveError as error:
                         say(f"{error}. The next try is in a minute")
-                if _signals:
+                stopped = any(gather(bool(_signals)))
+                if stopped:
                     break
         checkpoint = str(log.run_dir / "checkpoint.pt")
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
         evaluation = {}
-        if args.eval_episodes and not _signals:
+        if args.eval_episodes and not stopped:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
             log.end_evaluation(state["step"], evaluation)
         say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
-        if args.video_dir and not _signals:
+        if args.video_dir and not stopped:
             film(load_policy(checkpoint), args, _signals)
     deterministic = evaluation.get("deterministic")
     return {
@@ -1265,6 +1336,16 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         "checkpoint": checkpoint,
         "run_dir": str(log.run_dir),
     }
+
+
+def follow(signals: Sequence[int]) -> None:
+    """Train along with the first process of torchrun, which logs, saves and evaluates."""
+    args, state = gather(None)[0]  # what the first process has checked
+    torch.set_num_threads(args.torch_threads)
+    with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+        for _ in iterations:
+            if any(gather(bool(signals))):
+                break
 
 
 def evaluate(
@@ -1388,6 +1469,9 @@ def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
+    rank, _ = rank_and_size()
+    if rank > 0 and file is None:  # of torchrun's processes only the first one prints
+        return
     file = file or sys.stdout
     with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
@@ -1506,7 +1590,9 @@ class Log:
         say(f"{SCRIPT}  {args.env_id}  seed {args.seed}  {self.shown}")
         size = f"{args.num_envs} environments x {args.num_steps} steps = batch of"
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
-        say(size + (f", from {step:,}" if step else ""))
+        size += f", from {step:,}" if step else ""
+        _, processes = rank_and_size()
+        say(size + (f", {processes} processes" if processes > 1 else ""))
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step + args.batch_size > args.total_timesteps:
@@ -1705,6 +1791,10 @@ def check_args(args: Args) -> Args:
     size = f"--num-envs x --num-steps = {args.batch_size}"
     require(args.batch_size >= 2, f"{size} must be 2 or more")
     require(args.num_iterations >= 1, f"--total-timesteps is less than one batch, {size}")
+    _, processes = rank_and_size()
+    why = f"--num-envs {args.num_envs} is not a multiple of the {processes} processes of torchrun"
+    require(args.num_envs % processes == 0, why)
+    require(processes == 1 or not args.evaluate, "--evaluate: run it without torchrun")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1724,7 +1814,7 @@ def check_args(args: Args) -> Args:
 
 def check_environment(args: Args, spaces: dict | None) -> None:
     """Raise InputError unless the environment works with this script and with a checkpoint."""
-    envs = make_envs(args.env_id, 1, args.seed)
+    envs = make_envs(args.env_id, 1, args.seed, **env_options(args))
     envs.close()
     fits = spaces is None or spaces == envs.spaces
     require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")
@@ -1829,11 +1919,24 @@ def drop_unread_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def join_processes() -> None:
+    """Join the processes that torchrun has started. Each takes the GPU of its number."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that the connection to another process broke."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def main() -> int:
     """Run the command line. Returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]
@@ -1843,6 +1946,8 @@ def main() -> int:
 
     def stop(number: int, _) -> None:
         signals.append(number)
+        if launched:  # torchrun repeats signals
+            return
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
@@ -1851,20 +1956,35 @@ def main() -> int:
 
     for n in caught:
         signal.signal(n, stop)
+    name = f"{SCRIPT}.py"
     try:
-        args = parse_args()
+        if launched:
+            join_processes()
+        rank, _ = rank_and_size()
+        if rank > 0:
+            name += f", process {rank}"
+        args = parse_args() if rank == 0 else Args()  # train gives the others the args of the first
         if args.evaluate:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
     except InputError as error:
-        say(f"{SCRIPT}.py: {error}", sys.stderr)
+        say(f"{name}: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{SCRIPT}.py: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
-        say(f"{SCRIPT}.py: {error}", sys.stderr)
+        say(f"{name}: {error}", sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        if rank == 0:
+            say(
+                f"{name}: another process ended. The last checkpoint, if there is one, stays",
+                sys.stderr,
+            )
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)

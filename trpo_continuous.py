@@ -1986,7 +1986,10 @@ def main() -> int:
         if not lost_process(error):
             raise
         if rank == 0:
-            say(f"{name}: another process ended. The last checkpoint stays", sys.stderr)
+            say(
+                f"{name}: another process ended. The last checkpoint, if there is one, stays",
+                sys.stderr,
+            )
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)
