@@ -180,7 +180,7 @@ def atari_limits(script: str, task: str) -> dict[str, float]:
         inputs = policy, adam, batch, torch.tensor(0.1), args
     else:
         rmsprop, passes, size = module.RMSProp(num_weights), 1 + args.replay_ratio, args.batch_size
-        segment = module.collect(envs, policy, torch.Generator(), args.num_steps)
+        segment = module.collect(envs, policy, torch.ones(args.num_steps, args.num_envs, policy.num_actions))
         average = copy.deepcopy(policy).requires_grad_(False)
         inputs = policy, average, rmsprop, segment._replace(finals=[]), torch.zeros(segment.rewards.shape), args
     tries = {"ALE": lambda: [envs.step(a) for a in actions], "CNN": lambda: step(*inputs)}

@@ -133,6 +133,14 @@ def make_networks(script, obs_shape, action_space, args):
     return [script.ActorCritic(obs_shape, int(action_space.n), args)]
 
 
+def draw_noise(policy, num_steps, num_envs, seed=0):
+    """Noise (T, N, A) for `collect`."""
+    rng = torch.Generator().manual_seed(seed)
+    if hasattr(policy, "action_dim"):
+        return torch.randn(num_steps, num_envs, policy.action_dim, generator=rng)
+    return torch.empty(num_steps, num_envs, policy.num_actions).exponential_(generator=rng)
+
+
 def flat_copy(parameters):
     """Parameters as one vector of their own."""
     return torch.cat([param.detach().flatten() for param in parameters])

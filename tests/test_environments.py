@@ -17,6 +17,7 @@ from conftest import (
     EVERY_SCRIPT,
     PerfectCritic,
     Toy,
+    draw_noise,
     each_continuous,
     each_discrete,
     each_script,
@@ -43,7 +44,7 @@ def roll(script, env_id, num_steps=10, num_envs=2, **flags):
     envs = script.make_envs(env_id, num_envs, seed=0)
     args = filled(script, norm_obs=False, norm_reward=False, norm_adv=False, **flags)
     networks = make_networks(script, envs.obs.shape[1:], envs.action_space, args)
-    raw = script.collect(envs, networks[0], torch.Generator(), num_steps)
+    raw = script.collect(envs, networks[0], draw_noise(networks[0], num_steps, num_envs))
     rollout, _ = script.prepare(raw, *networks, torch.zeros(num_envs), args.gamma, args)
     return rollout, args
 
@@ -125,8 +126,11 @@ def test_returns_are_those_of_an_unwrapped_environment(script):
         actions = rng.uniform(-1, 1, (200, 1, 3)).astype(np.float32)
     else:
         actions = rng.integers(2, size=(200, 1))
+    counter = script.Episodes(1)
     for action in actions:
-        envs.step(action)
+        _, rewards, terminated, truncated = envs.step(action)
+        ended = torch.from_numpy(terminated | truncated)
+        counter.add(torch.from_numpy(rewards)[None], ended[None])
 
     env = gym.make(env_id).unwrapped
     expected = []
@@ -142,7 +146,7 @@ def test_returns_are_those_of_an_unwrapped_environment(script):
             total, length = 0.0, 0
             env.reset()
     assert len(expected) > 3
-    np.testing.assert_allclose(envs.episodes, expected, rtol=1e-6)
+    np.testing.assert_allclose(counter.last, expected, rtol=1e-6)
 
 
 def scaled(script, rewards, carry, gamma):
@@ -152,7 +156,9 @@ def scaled(script, rewards, carry, gamma):
     networks = make_networks(script, (3,), space, args)
     never = torch.zeros(rewards.shape, dtype=torch.bool)
     obs = torch.zeros(*rewards.shape, 3)
-    raw = script.Rollout(obs, obs, torch.zeros(*rewards.shape, 1), rewards, never, never)
+    resets = [never] if script is ppo_atari else []
+    actions = torch.zeros(*rewards.shape, 1)
+    raw = script.Rollout(obs, obs, actions, rewards, never, never, *resets)
     return script.prepare(raw, *networks, carry, gamma, args)
 
 
@@ -212,24 +218,26 @@ def no_noops(monkeypatch):
 
 
 def play(script, steps, game=BREAKOUT, num_envs=1, seed=0, life_loss=True, **kwargs):
-    """Play at random. Returns the envs, the actions, and results of the steps with obs after."""
+    """Play at random. Returns the episodes, the actions, results of the steps and obs after."""
     envs = script.make_envs(game, num_envs, seed, life_loss=life_loss, **kwargs)
     rng = np.random.default_rng(seed)
     actions = [rng.integers(envs.action_space.n, size=num_envs) for _ in range(steps)]
     played = []
+    counter = script.Episodes(num_envs)
     for action in actions:
         result = envs.step(action)
         played.append((*(x.copy() for x in result), envs.obs.copy()))
-    return envs, actions, played
+        counter.add(torch.from_numpy(result[1])[None], torch.from_numpy(envs.lengths == 0)[None])
+    return counter.last, actions, played
 
 
 @each_discrete
 def test_breakout_loses_five_lives_a_game_and_scores_as_an_unwrapped_game(script, monkeypatch):
     no_noops(monkeypatch)
-    envs, actions, played = play(script, 1500)
+    episodes, actions, played = play(script, 1500)
     ends = [t for t, (_, _, terminated, *_) in enumerate(played) if terminated[0]]
-    assert len(envs.episodes) >= 4 and not any(step[3].any() for step in played)
-    lengths = [length for _, length in envs.episodes]
+    assert len(episodes) >= 4 and not any(step[3].any() for step in played)
+    lengths = [length for _, length in episodes]
     fifths = [t + 1 for t in ends[4::5]]  # five terminal signals a game
     assert fifths == np.cumsum(lengths).tolist()
 
@@ -253,7 +261,7 @@ def test_breakout_loses_five_lives_a_game_and_scores_as_an_unwrapped_game(script
             lost = game.lives() < lives
             lives = game.lives()
         assert game.game_over()
-    assert scores == [score for score, _ in envs.episodes] and sum(scores) > 0
+    assert scores == [score for score, _ in episodes] and sum(scores) > 0
 
 
 @each_discrete
@@ -269,24 +277,24 @@ def test_each_life_begins_with_fire(script):
 
 @each_discrete
 def test_full_games_end_only_once_all_lives_are_lost(script):
-    envs, _, played = play(script, 1000, life_loss=False)
-    assert len(envs.episodes) >= 3
-    assert sum(int(step[2].sum()) for step in played) == len(envs.episodes)
+    episodes, _, played = play(script, 1000, life_loss=False)
+    assert len(episodes) >= 3
+    assert sum(int(step[2].sum()) for step in played) == len(episodes)
 
 
 @each_discrete
 def test_pong_has_no_lives_to_lose(script):
-    envs, _, played = play(script, 1100, "ALE/Pong-v5", num_envs=2)
-    assert sum(int(step[2].sum()) for step in played) == len(envs.episodes) >= 2
-    assert all(-21 <= score <= -15 for score, _ in envs.episodes)
+    episodes, _, played = play(script, 1100, "ALE/Pong-v5", num_envs=2)
+    assert sum(int(step[2].sum()) for step in played) == len(episodes) >= 2
+    assert all(-21 <= score <= -15 for score, _ in episodes)
 
 
 @each_discrete
 def test_truncated_games_have_their_true_successor_and_frames_never_mix(script, monkeypatch):
     monkeypatch.setattr(script, "MAX_FRAMES", 200)
-    envs, _, played = play(script, 150, num_envs=3)
+    episodes, _, played = play(script, 150, num_envs=3)
     assert sum(int(step[3].sum()) for step in played) >= 6
-    assert sorted({length for _, length in envs.episodes}) == [50]
+    assert sorted({length for _, length in episodes}) == [50]
     for t, (next_obs, _, _, truncated, obs) in enumerate(played):
         for n in range(3):
             fresh = t > 0 and played[t - 1][3][n]
@@ -301,12 +309,14 @@ def test_truncated_games_have_their_true_successor_and_frames_never_mix(script, 
 
 @each_discrete
 def test_games_are_stepped_as_the_constants_say(script, monkeypatch):
-    starts = set(play(script, 0, num_envs=8)[0].frames.tolist())
+    starts = set(script.make_envs(BREAKOUT, 8, 0).frames.tolist())
     assert len(starts) > 3 and 1 <= min(starts) < max(starts) <= 31  # no-ops, then fire
     monkeypatch.setattr(script, "FRAME_STACK", 2)
     monkeypatch.setattr(script, "FRAME_SKIP", 3)
     no_noops(monkeypatch)
-    envs, _, _ = play(script, 3)
+    envs = script.make_envs(BREAKOUT, 1, 0)
+    for _ in range(3):
+        envs.step(np.zeros(1, int))
     assert envs.obs.shape == (1, 2, 84, 84) and envs.obs.dtype == np.uint8
     assert envs.frames.tolist() == [1 + 3 * 3] and envs.fps == 20
 
@@ -354,13 +364,13 @@ def test_a_resumed_game_goes_on_from_new_seeds(script, monkeypatch):
     changes = {"env_id": BREAKOUT, "num_steps": 6, "hidden_sizes": (16,)}
     args = make_args(script, **changes, total_timesteps=48)
     seed = script.stream_seed(args.seed, "environments")
-    starts = [script.make_envs(BREAKOUT, 2, seed, x).frames.tolist() for x in (None, [12])]
+    starts = [script.make_envs(BREAKOUT, 2, seed, x).frames.tolist() for x in (None, [12, 12])]
     state = {}
     iterations = script.GENERATOR(args, state)
     next(iterations)
     next(iterations)
     iterations.close()
-    assert state["env_rng_states"] == [12]
+    assert state["env_rng_states"] == [12, 12]
     list(script.GENERATOR(args, state))
     assert state["step"] == 48 and starts[0] != starts[1]
     assert seen[::2] == starts
@@ -417,12 +427,12 @@ def test_a_rollout_of_images_is_what_happened_and_truncations_bootstrap(
 
     envs.step = spy
     first = envs.obs.copy()
-    raw = ppo_atari.collect(envs, policy, torch.Generator().manual_seed(0), num_steps)
+    raw = ppo_atari.collect(envs, policy, draw_noise(policy, num_steps, 2))
     columns = [torch.from_numpy(np.stack(column)) for column in zip(*steps, strict=True)]
     actions, next_obs, rewards, terminated, truncated, obs = columns
     acted_on = torch.cat([torch.from_numpy(first)[None], obs[:-1]])
     expected = (acted_on, next_obs, actions, rewards, terminated, terminated | truncated)
-    assert all(torch.equal(a, b) for a, b in zip(raw, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(raw[:-1], expected, strict=True))
 
     seen = []
     gae = ppo_atari.gae
@@ -463,13 +473,12 @@ def test_random_streams_differ(script):
 
 @each_script
 def test_a_run_draws_weights_noise_and_order_from_different_streams(script, monkeypatch):
-    noise, orders, seeds = [], [], []
-    network = script.Policy if script in CONTINUOUS else script.ActorCritic
-    sample, make_envs, update = network.sample, script.make_envs, script.update
+    noises, orders, seeds = [], [], []
+    collect, make_envs, update = script.collect, script.make_envs, script.update
 
-    def spy_sample(policy, obs, rng=None):
-        noise.append(rng.initial_seed())
-        return sample(policy, obs, rng)
+    def spy_collect(envs, policy, noise):
+        noises.append(noise)
+        return collect(envs, policy, noise)
 
     def spy_make(env_id, num_envs, seed, *rest, **kwargs):
         if rest:  # not the one that is only looked at
@@ -484,13 +493,19 @@ def test_a_run_draws_weights_noise_and_order_from_different_streams(script, monk
             orders.append(rng.initial_seed())
         return metrics
 
-    monkeypatch.setattr(network, "sample", spy_sample)
+    monkeypatch.setattr(script, "collect", spy_collect)
     monkeypatch.setattr(script, "make_envs", spy_make)
     monkeypatch.setattr(script, "update", spy_update)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
     list(script.GENERATOR(make_args(script, total_timesteps=256, seed=7)))
     expected = {name: script.stream_seed(7, name) for name in script.STREAMS}
-    assert set(noise) == {expected["exploration"]}
+    shape = noises[0].shape
+    rng = torch.Generator().manual_seed(expected["exploration"])
+    for noise in noises:
+        if script in CONTINUOUS:
+            assert torch.equal(noise, torch.randn(shape, generator=rng))
+        else:
+            assert torch.equal(noise, torch.empty(shape).exponential_(generator=rng))
     assert set(orders) == {expected["minibatches"]}
     assert seeds == [expected["weights"], expected["environments"]]
 
@@ -504,8 +519,8 @@ def test_the_first_update_has_the_statistics_of_its_own_rollout(script, monkeypa
     raws, inputs, policies = [], [], []
     collect = script.collect
 
-    def spy(envs, policy, rng, num_steps):
-        raws.append(collect(envs, policy, rng, num_steps))
+    def spy(envs, policy, noise):
+        raws.append(collect(envs, policy, noise))
         policies.append(policy)
         return raws[-1]
 
@@ -520,7 +535,10 @@ def test_the_first_update_has_the_statistics_of_its_own_rollout(script, monkeypa
         return spied
 
     monkeypatch.setattr(script, "collect", spy)
-    args = make_args(script, total_timesteps=192, update_epochs=1, num_minibatches=1)
+    changes = {"total_timesteps": 192, "update_epochs": 1, "num_minibatches": 1}
+    if script is trpo_continuous:
+        changes["step"] = "truncated"  # trpo takes statistics over within its trust region only
+    args = make_args(script, **changes)
     inputs.append([])
     for _ in script.GENERATOR(args, {}, compile_step):
         inputs.append([])

@@ -14,6 +14,7 @@ from conftest import (
     CONTINUOUS,
     DISCRETE,
     double_policy,
+    draw_noise,
     each_continuous,
     each_discrete,
     each_script,
@@ -116,7 +117,9 @@ def test_without_normalizing_nothing_is_clipped(script):
         args = script.fill_defaults(args, images=False)
     rewards = torch.full((4, 2), 500.0, dtype=torch.float64)
     never = torch.zeros(4, 2, dtype=torch.bool)
-    raw = script.Rollout(torch.zeros(4, 2, 3), torch.zeros(4, 2, 3), rewards, rewards, never, never)
+    resets = [never] if script is ppo_atari else []
+    obs = torch.zeros(4, 2, 3)
+    raw = script.Rollout(obs, obs, rewards, rewards, never, never, *resets)
     networks = [policy]
     if script in CONTINUOUS:
         networks.append(script.Critic((3,), args))
@@ -247,7 +250,7 @@ def test_act_takes_the_most_probable_action_or_a_sample(script):
     logits = logits_of(script, policy, torch.from_numpy(obs))
     np.testing.assert_array_equal(policy.act(obs), logits.argmax(-1).numpy())
     sampled = policy.act(obs, deterministic=False, rng=torch.Generator().manual_seed(0))
-    expected = policy.sample(obs, torch.Generator().manual_seed(0))
+    expected = policy.sample(obs, draw_noise(policy, 1, 100)[0])
     np.testing.assert_array_equal(sampled, expected.numpy())
     assert (sampled != policy.act(obs)).any()
     for action in (sampled[0], policy.act(obs[0]), policy.act(obs[0], deterministic=False)):
@@ -260,7 +263,7 @@ def test_samples_have_the_probabilities_of_the_softmax(script):
     with torch.no_grad():
         policy.policy_head[-1].weight.zero_()
         policy.policy_head[-1].bias.copy_(torch.tensor([0.0, 1.0, -2.0]))
-    samples = policy.sample(np.ones((100_000, 3)), torch.Generator().manual_seed(0))
+    samples = policy.sample(np.ones((100_000, 3)), draw_noise(policy, 1, 100_000)[0])
     frequencies = samples.bincount(minlength=3) / 100_000
     expected = torch.tensor([0.0, 1.0, -2.0]).softmax(-1)
     torch.testing.assert_close(frequencies, expected, atol=0.005, rtol=0)
@@ -270,12 +273,13 @@ def test_samples_have_the_probabilities_of_the_softmax(script):
 def test_samples_have_the_mean_and_the_std_of_the_distribution(script):
     policy = make_policy(script, log_std_init=-0.5, **learned_sigma(script))
     obs = np.ones((20_000, 3))
-    samples = policy.sample(obs, rng=torch.Generator().manual_seed(0))
+    samples = policy.sample(obs, draw_noise(policy, 1, len(obs))[0])
     mean, log_std = policy(torch.ones(3))
     torch.testing.assert_close(samples.mean(0), mean, atol=0.02, rtol=0)
     torch.testing.assert_close(samples.std(0), log_std.exp(), atol=0.02, rtol=0)
-    again = policy.sample(obs, rng=torch.Generator().manual_seed(0))
-    assert torch.equal(samples, again)
+    again = policy.act(obs, deterministic=False, rng=torch.Generator().manual_seed(0))
+    expected = policy.to_env(samples)
+    np.testing.assert_array_equal(again, expected)
     np.testing.assert_allclose(policy.act(obs)[0], mean.detach().numpy(), rtol=1e-6)
 
 

@@ -43,7 +43,9 @@ MAY_DIFFER = {
     # the algorithm
     *("Batch", "ppo_loss", "minibatch_step", "advantages", "update", "prepare", "collect", "ppo"),
     # environments: continuous actions or discrete ones, games of ALE
-    *("describe_spaces", "make_envs", "check_spaces"),
+    *("describe_spaces", "make_envs", "check_spaces", "env_options"),
+    # torchrun: what is of all processes
+    *("Rollout", "RunningMeanStd"),
     # below the banner
     *("evaluate_policy", "make_film_env", "load_policy", "check_args", "check_algorithm_args"),
 }
@@ -182,7 +184,7 @@ def test_inline_metadata_names_every_package_that_is_imported(path):
     block = path.read_text(encoding="utf-8").partition("# ///\n")[0]
     declared = re.findall(r'"([a-z-]+)(?:\[(\w+)\])?==', block)
     declared = {name for pair in declared for name in pair if name}  # extras too
-    assert packages <= declared
+    assert packages - {"envpool"} <= declared  # which is optional
     assert declared - packages <= {"tensorboard", "pygame"}  # others import them
 
 
@@ -251,7 +253,7 @@ def test_plainness(path, capsys):
         ]
         print(f"\n{path.stem}: upper half {sizes[0]}, lower half {sizes[1]}, {flags} flags")
     assert not wide and not joined and not walrus and not several and not below & used
-    assert flags <= 36
+    assert flags <= 37
 
 
 @each_script

@@ -16,6 +16,7 @@ from conftest import (
     AcerExample,
     double,
     double_policy,
+    draw_noise,
     each_continuous,
     each_script,
     each_with,
@@ -57,9 +58,9 @@ def first_rollout(script, **changes):
     networks = make_networks(script, envs.obs.shape[1:], envs.action_space, args)
     policy = networks[0]
     update_stats = policy.update_stats if script is ppo_atari else policy.obs_stats.update
-    raw = script.collect(envs, policy, rng, args.num_steps)
+    raw = script.collect(envs, policy, draw_noise(policy, args.num_steps, args.num_envs))
     update_stats(raw.obs.flatten(0, 1))
-    raw = script.collect(envs, policy, rng, args.num_steps)
+    raw = script.collect(envs, policy, draw_noise(policy, args.num_steps, args.num_envs, seed=1))
     running_sum = torch.zeros(args.num_envs, dtype=torch.float64)
     rollout, _ = script.prepare(raw, *networks, running_sum, args.gamma, args)
     envs.close()
@@ -961,10 +962,9 @@ def play_segments(env_id, count, num_envs=4, num_steps=5, capacity=50):
     shape = envs.obs.shape[1:]
     policy, _, _ = make_acer(shape, int(envs.action_space.n), hidden_sizes=(16,))
     replay = acer.Replay(capacity // num_steps, stacked=isinstance(envs, acer.AtariEnvs))
-    rng = torch.Generator().manual_seed(0)
     segments = []
-    for _ in range(count):
-        segments.append(acer.collect(envs, policy, rng, num_steps))
+    for i in range(count):
+        segments.append(acer.collect(envs, policy, draw_noise(policy, num_steps, num_envs, i)))
         replay.add(segments[-1])
     envs.close()
     return replay, segments
@@ -1053,9 +1053,9 @@ def test_truncations_keep_their_final_observation_and_terminations_need_none():
     _, segments = play_segments("CartPole-v1", 40)
     assert sum(int(segment.terminated.sum()) for segment in segments) > 20
     assert not any(segment.finals for segment in segments)
-    envs = acer.Envs([gym.make("CartPole-v1", max_episode_steps=3)], 0)
+    envs = acer.Envs([gym.make("CartPole-v1", max_episode_steps=3)], [0])
     policy, _, _ = make_acer((4,), 2)
-    segment = acer.collect(envs, policy, torch.Generator().manual_seed(0), 7)
+    segment = acer.collect(envs, policy, draw_noise(policy, 7, 1))
     assert [t for t, _, _ in segment.finals] == [2, 5]
     assert segment.truncated[:, 0].nonzero().flatten().tolist() == [2, 5]
     for t, _, final in segment.finals:
@@ -1118,7 +1118,8 @@ def acer_iteration(**changes):
     rng = torch.Generator().manual_seed(0)
 
     def step(train_step=acer.minibatch_step):
-        replay.add(acer.collect(envs, policy, rng, args.num_steps))
+        noise = draw_noise(policy, args.num_steps, args.num_envs, replay.count)
+        replay.add(acer.collect(envs, policy, noise))
         return acer.update(policy, average, rmsprop, train_step, replay, rng, args)
 
     return policy, average, replay, step, args
@@ -1212,10 +1213,10 @@ def test_the_first_call_is_on_the_newest_segments_and_the_others_on_stored_ones(
 
 def test_truncated_steps_take_v_of_the_final_observation_as_it_is_now():
     policy, average, args = make_acer((4,), 2, num_envs=1, num_steps=7, replay_ratio=0.0)
-    envs = acer.Envs([gym.make("CartPole-v1", max_episode_steps=3)], 0)
+    envs = acer.Envs([gym.make("CartPole-v1", max_episode_steps=3)], [0])
     rng = torch.Generator().manual_seed(0)
     replay = acer.Replay(2, stacked=False)
-    segment = acer.collect(envs, policy, rng, 7)
+    segment = acer.collect(envs, policy, draw_noise(policy, 7, 1))
     replay.add(segment)
     with torch.no_grad():
         for param in policy.parameters():
@@ -1462,7 +1463,7 @@ def test_log_pi_old_is_that_of_the_policy_which_acted(monkeypatch):
     monkeypatch.setattr(torch, "randn", spy_noise)
     stds = [row["action_std"] for row in ppo.ppo(args, {}, compile_step)]
     for i in (1, 2):
-        noise = torch.cat(noises[32 * i : 32 * (i + 1)])
+        noise = noises[i].flatten(0, 1)
         log_std = math.log(stds[i])
         expected = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_std
         given = torch.cat(logps[4 * i : 4 * (i + 1)])
@@ -1476,8 +1477,8 @@ def test_pi_old_of_discrete_actions_is_the_policy_which_acted(monkeypatch, env_i
     used = []
     collect = ppo_atari.collect
 
-    def spy_collect(envs, policy, rng, num_steps):
-        raw = collect(envs, policy, rng, num_steps)
+    def spy_collect(envs, policy, noise):
+        raw = collect(envs, policy, noise)
         with torch.no_grad():
             logits, _ = policy(raw.obs)
         acted.append(ppo_atari.categorical_logp(logits, raw.actions).flatten())
