@@ -189,9 +189,10 @@ def improvement_lines(ours: str, theirs: str) -> list[str]:
 def stale_lines(suite: str) -> list[str]:
     """Which results come from another version of a script, or of its flags, than those in the tree."""
     old, entries = defaultdict(list), {(e.label, e.task): e for e in SUITES[suite]}
+    hashes = {script: code_hash(script_path(script)) for script in {e.script for e in SUITES[suite]}}
     for row in read_index(suite):
         entry = entries[row["label"], row["task"]]
-        if Job(suite, entry, int(row["seed"]), code_hash(script_path(entry.script))).key != row["key"]:
+        if Job(suite, entry, int(row["seed"]), hashes[entry.script]).key != row["key"]:
             old[row["label"], row["commit"]].append(row["task"])
     return [
         f"- older script or flags: {label} at commit {commit}, {len(tasks)} runs of {', '.join(dict.fromkeys(tasks))}"

@@ -10,14 +10,14 @@ import trpo_continuous
 
 @each_continuous
 def test_learns_inverted_pendulum(script, tmp_path):
-    changes = {"env_id": "InvertedPendulum-v5", "total_timesteps": 100_000}
+    changes = {"env_id": "InvertedPendulum-v5", "total_timesteps": 100_000, "eval_episodes": 10}
     args = script.Args(**changes, compile="off", run_dir=str(tmp_path / "run"))
     assert script.train(args)["eval_return"] >= 900
 
 
 @each_discrete
 def test_learns_cartpole(script, tmp_path):
-    changes = {"env_id": "CartPole-v1", "total_timesteps": 60_000}
+    changes = {"env_id": "CartPole-v1", "total_timesteps": 60_000, "eval_episodes": 20}
     args = script.Args(**changes, compile="off", run_dir=str(tmp_path / "run"))
     assert script.train(args)["eval_return"] >= 300
 
