@@ -1876,6 +1876,9 @@ def check_algorithm_args(args: Args) -> None:
     if args.replay_ratio == 0:
         why = "--save-replay has no effect with --replay-ratio 0: use --no-save-replay"
         require(not args.save_replay, why)
+    _, processes = rank_and_size()
+    why = "--save-replay: torchrun's processes have a replay memory each, which is not saved"
+    require(processes == 1 or not args.save_replay, why)
 
 
 def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:

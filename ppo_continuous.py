@@ -1812,6 +1812,8 @@ def check_algorithm_args(args: Args) -> None:
     size = f"--num-envs x --num-steps = {args.batch_size}"
     divides = args.batch_size % args.num_minibatches == 0
     require(divides, f"--num-minibatches must divide {size}")
+    used = args.env_threads is None or args.env_id.startswith(POOL)
+    require(used, f"--env-threads has no effect without EnvPool, such as --env-id {POOL}Hopper-v5")
     surrogate = f"--surrogate {args.surrogate}"
     if args.log_std_final is not None:
         why = "--ent-coef has no effect on an annealed σ: learn it, with --log-std-final None"

@@ -1851,6 +1851,8 @@ def check_algorithm_args(args: Args) -> None:
     size = f"--num-envs x --num-steps = {args.batch_size}"
     divides = args.batch_size % args.num_minibatches == 0
     require(divides, f"--num-minibatches must divide {size}")
+    used = args.env_threads is None or args.env_id.startswith(POOL)
+    require(used, f"--env-threads has no effect without EnvPool, such as --env-id {POOL}Hopper-v5")
     used = args.norm_reward or args.return_floor == 0
     require(used, "--return-floor has no effect without --norm-reward")
     unused = {

@@ -37,19 +37,24 @@ import tyro
 ROOT = Path(__file__).parents[1]
 Script = Literal["ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"]
 PEERS = {"ppo_continuous": "sb3", "trpo_continuous": "sb3-contrib", "ppo_atari": "sb3", "acer_discrete": "ppo_atari"}
+POOLED = "peer + EnvPool"
 ATARI = ("ppo_atari", "acer_discrete")
 CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the peer's defaults
     "ppo_continuous": {  # minibatches of 64
         "default": "",
         "1 x 2048": "--num-envs 1 --num-steps 2048",
         "not compiled": "--compile off",
+        "EnvPool": "--env-id envpool:TASK",
+        "EnvPool, 1 thread": "--env-id envpool:TASK --env-threads 1",
+        "2 processes": "",
     },
     "trpo_continuous": {  # critic minibatches of 128, 15 iterations of conjugate gradients
         "16 x 128": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16",
         "1 x 2048": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --num-envs 1 --num-steps 2048",
         "not compiled": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
+        "EnvPool": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --env-id envpool:TASK",
     },
-    "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off"},
+    "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off", "2 processes": ""},
     "acer_discrete": {  # replay from the first iteration on, which the first update fills
         "replay ratio 4": "--replay-start 1 --num-envs 8",
         "16 environments": "--replay-start 1 --num-envs 16",
@@ -57,7 +62,7 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
         "not compiled": "--replay-start 1 --num-envs 8 --compile off",
     },
 }
-PARTS = {"Envs.step", "AtariEnvs.step", "Policy.sample", "Policy.to_env", "ActorCritic.sample", "advantages"}
+PARTS = {"Envs.step", "AtariEnvs.step", "PoolEnvs.step", "Policy.sample", "Policy.to_env", "ActorCritic.sample", "advantages"}
 PARTS |= {"fisher_operator", "conjugate_gradient", "line_search", "policy_step", "update", "Replay.take", "Replay.add"}
 
 
@@ -67,9 +72,56 @@ class Args:
     task: str | None = None  # Gymnasium id; default HalfCheetah-v5 or ALE/Breakout-v5
     steps: int | None = None  # training steps of each run; default 40,960 for MuJoCo, 10,240 for Atari
     repetitions: int = 5  # runs of each contestant
+    contestants: tuple[str, ...] = ()  # only these of CONTESTANTS, and the peer with EnvPool if "peer + EnvPool"
     against: str | None = None  # commit whose version of the script is compared with today's, both with default flags
     out: Path | None = None  # CSV for the single runs, default benchmarks/results/speed/<script>__<task>.csv
     one: str | None = None  # run this contestant once in this process (what the script does to itself)
+
+
+def pool_for_peer(task: str):
+    """EnvPool's 16 environments, one thread a core, as a vectorized environment of Stable-Baselines3."""
+    import numpy as np
+    from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+    sys.path.insert(0, str(ROOT))
+    import ppo_continuous
+
+    class Pool(VecEnv):
+        def __init__(self):
+            threads = ppo_continuous.env_options(ppo_continuous.Args())
+            self.pool = ppo_continuous.make_envs(f"envpool:{task}", 16, 1, **threads)
+            with ppo_continuous.closing(ppo_continuous.gym.make(task)) as env:
+                super().__init__(16, env.observation_space, env.action_space)
+
+        def reset(self):
+            return self.pool.obs
+
+        def step_async(self, actions):
+            self.actions = actions
+
+        def step_wait(self):
+            next_obs, rewards, terminated, truncated = self.pool.step(self.actions)
+            infos = [{} for _ in rewards]
+            for i in np.flatnonzero(terminated | truncated):
+                infos[i] = {"terminal_observation": next_obs[i], "TimeLimit.truncated": not terminated[i]}
+            return self.pool.obs, rewards, terminated | truncated, infos
+
+        def close(self):
+            self.pool.close()
+
+        def get_attr(self, name, indices=None):
+            return [None] * 16  # of its environments it asks only for their render mode
+
+        def env_is_wrapped(self, wrapper, indices=None):
+            return [False] * 16
+
+        def set_attr(self, name, value, indices=None):
+            raise NotImplementedError
+
+        def env_method(self, name, *args, indices=None, **kwargs):
+            raise NotImplementedError
+
+    return Pool()
 
 
 def run_peer(args: Args) -> tuple[list[float], int]:
@@ -103,7 +155,10 @@ def run_peer(args: Args) -> tuple[list[float], int]:
         peer = Peer("CnnPolicy", envs, ent_coef=0.01, **flags, device="cpu", seed=1)
     else:
         torch.set_num_threads(1)
-        peer = Peer("MlpPolicy", args.task, device="cpu", seed=1)
+        envs, flags = args.task, {}
+        if args.one == POOLED:
+            envs, flags = pool_for_peer(args.task), {"n_steps": 128}
+        peer = Peer("MlpPolicy", envs, device="cpu", seed=1, **flags)
     peer.learn(args.steps, callback=clock)
     times = [*clock.times[1:], time.time()]  # the first rollout starts iteration 1, which has not ended
     return times, peer.n_steps * peer.n_envs
@@ -155,8 +210,13 @@ def run_script(args: Args) -> tuple[list[float], int, dict[str, float]]:
     module.Log.__call__ = log
     flags = ["--env-id", args.task, "--total-timesteps", str(args.steps), "--eval-episodes", "0", "--compile", "on"]
     with tempfile.TemporaryDirectory() as folder:
-        parsed = tyro.cli(module.Args, args=[*flags, *own.split(), "--run-dir", f"{folder}/run"])
+        own = own.replace("TASK", args.task).split()
+        parsed = tyro.cli(module.Args, args=[*flags, *own, "--run-dir", f"{folder}/run"])
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            module.join_processes()
         module.train(parsed)
+    if not steps:  # a process that is not the first
+        sys.exit()
     return times, steps[1] - steps[0], {part: sum(seconds) for part, seconds in spent.items() if seconds}
 
 
@@ -199,7 +259,10 @@ def run_once(args: Args) -> None:
     if args.one == "limits":
         print(json.dumps(atari_limits(args.script, args.task)))
         return
-    times, batch, spent = (*run_peer(args), {}) if args.one in ("sb3", "sb3-contrib") else run_script(args)
+    if args.one in ("sb3", "sb3-contrib", POOLED):
+        (times, batch), spent = run_peer(args), {}
+    else:
+        times, batch, spent = run_script(args)
     peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, times[-1] - times[0]
     sps = batch * (len(times) - 1) / seconds
     result = {"start_up_s": times[0] - float(os.environ["STARTED"]), "sps": sps}
@@ -222,7 +285,8 @@ def print_table(task: str, results: dict[str, list[dict]]) -> None:
         )
     share = {part: statistics.median(r["parts"][part] for r in results[first]) for part in results[first][0]["parts"]}
     acting = sum(share.get(part, 0) for part in ("Policy.sample", "Policy.to_env", "ActorCritic.sample"))
-    parts = {"environment": share.get("Envs.step") or share["AtariEnvs.step"], "acting": acting}
+    stepping = sum(share.get(part, 0) for part in ("Envs.step", "AtariEnvs.step", "PoolEnvs.step"))
+    parts = {"environment": stepping, "acting": acting}
     if "policy_step" in share:
         parts["conjugate gradients"] = share["fisher_operator"] + share["conjugate_gradient"]
         parts["line search"] = share["line_search"]
@@ -244,7 +308,7 @@ def main(args: Args) -> None:
     folder = ROOT / "benchmarks" / "results" / "speed" / ("editions" if args.against else "")
     out = args.out or folder / f"{name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = [PEERS[args.script], *CONTESTANTS[args.script]]
+    names = [PEERS[args.script], *(args.contestants or CONTESTANTS[args.script])]
     if args.against:
         names = [args.against, next(iter(CONTESTANTS[args.script]))]
     results = {name: [] for name in names}
@@ -253,10 +317,13 @@ def main(args: Args) -> None:
         for repetition in range(args.repetitions):
             first = repetition % len(names)
             for name in names[first:] + names[:first]:
-                command = [sys.executable, __file__, "--script", args.script, "--task", args.task]
+                command = [sys.executable]
+                if name == "2 processes":
+                    command += ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+                command += [__file__, "--script", args.script, "--task", args.task]
                 command += ["--steps", str(args.steps), "--one", name]
                 command += ["--against", args.against] if args.against else []
-                threads = os.cpu_count() if args.script in ATARI else 1
+                threads = os.cpu_count() if args.script in ATARI and name != "2 processes" else 1
                 environment = os.environ | {"STARTED": str(time.time()), "OMP_NUM_THREADS": str(threads)}
                 environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{name.replace(' ', '_')}"  # g++ can't have spaces
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
