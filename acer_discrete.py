@@ -19,6 +19,7 @@ Install   pip install torch==2.13.0 gymnasium==1.4.0 ale-py pygame tyro tensorbo
           (or `uv run acer_discrete.py`, which reads the exact versions from the top of this file)
 Run       python acer_discrete.py --env-id CartPole-v1 --seed 1
           python acer_discrete.py --env-id ALE/Pong-v5 --seed 1
+Faster    torchrun --nproc-per-node 4 acer_discrete.py --env-id ALE/Breakout-v5
 Resume    python acer_discrete.py --resume runs/<run>/checkpoint.pt
 Evaluate  python acer_discrete.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
 From Python: train(Args(env_id="Acrobot-v1")), load_policy("runs/<run>/checkpoint.pt").act(obs)
@@ -75,7 +76,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -209,7 +210,7 @@ PAPER = {  # --paper: ACER sections 3 and 4, and OpenAI baselines where the pape
 
 EPS = 1e-6  # keeps ratios and logarithms of probabilities finite
 THREADS = torch.get_num_threads()  # of PyTorch, for images
-ALL = slice(None)  # of the environments
+ALL = slice(None)  # part of the environments that one process alone steps
 HUGE = 1e10  # larger observations are refused
 ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
 FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
@@ -439,7 +440,8 @@ class ActorCritic(nn.Module):
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
         """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        With E_a ~ Exp(1) it is a draw from π(·|s), with E_a = 1 the most probable action.
+        With E_a ~ Exp(1) it is a draw from π(·|s): the smallest of the E_a / π_a, which are
+        independent, is that of a with probability π_a. With E_a = 1 it is the most probable action.
         """
         probs = self.probs(obs).cpu()
         return (probs / noise).argmax(-1)
@@ -564,8 +566,7 @@ def minibatch_step(
     loss, metrics = acer_loss(policy, average, batch, final_values, args)
     params = list(policy.parameters())
     grads = torch.autograd.grad(loss, params)
-    grad = mean_of_processes(torch.cat([grad.flatten() for grad in grads]))
-    grad, grad_norm = clip_global_norm([grad], args.max_grad_norm)
+    grad, grad_norm = clip_global_norm([mean_of_processes(grads)], args.max_grad_norm)
     rmsprop.step(params, grad)
     if args.trust_region:
         update_average(average, policy, args.avg_decay)
@@ -585,7 +586,8 @@ def update(
     """ACER Algorithm 1: a call on the newest segments, then n ~ Poisson(r) on segments from replay.
 
     `train_step` is minibatch_step, compiled or not. Returns the metrics of the on-policy call and,
-    with the prefix replay_, the means over those from replay, NaN if there were none.
+    with the prefix replay_, the means over those from replay, NaN if there were none. All are means
+    over the processes of torchrun.
     """
     calls = []
     num_replays = 0
@@ -818,11 +820,11 @@ def collect(envs: Envs, policy: ActorCritic, noise: Tensor) -> Segment:
         obs = obs.float()
     with torch.no_grad():
         mu = policy.probs(obs[:-1])
-    return Segment(obs, actions, mu.cpu(), rewards.float(), *flags, finals)
+    return Segment(obs, actions, mu.cpu(), rewards, *flags, finals)
 
 
 class Episodes:
-    """Counts returns, from raw rewards, and lengths. `last` has those of the last 100 episodes."""
+    """Return (of raw rewards) and length of each episode. `last` holds those of the last 100."""
 
     def __init__(self, num_envs: int, last: Iterable[tuple[float, int]] = ()):
         self.last = deque(last, maxlen=100)  # (return, length)
@@ -841,7 +843,8 @@ class Episodes:
 
     def means(self) -> dict[str, float]:
         """Return the means over the last 100 episodes, NaN if none ended."""
-        returns, lengths = zip(*self.last, strict=True) if self.last else ((), ())
+        returns = [ret for ret, _ in self.last]
+        lengths = [length for _, length in self.last]
         return {"episodic_return": mean_or_nan(returns), "episodic_length": mean_or_nan(lengths)}
 
 
@@ -955,13 +958,14 @@ def gather(value: object) -> list:
     return values
 
 
-def mean_of_processes(x: Tensor) -> Tensor:
-    """Return the mean over all processes of a tensor that each has."""
+def mean_of_processes(grads: Sequence[Tensor]) -> Tensor:
+    """Return a gradient as one vector (P,), averaged over the processes of torchrun."""
+    flat = torch.cat([grad.flatten() for grad in grads])
     _, size = rank_and_size()
     if size > 1:
-        dist.all_reduce(x)
-        x = x / size
-    return x
+        dist.all_reduce(flat)
+        flat = flat / size
+    return flat
 
 
 def env_options(args: Args) -> dict[str, bool | float]:
@@ -996,12 +1000,12 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     if env_id.startswith("envpool:"):
         raise InputError(f"--env-id {env_id}: EnvPool is for the scripts of continuous actions")
+    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         game = ale_game(env_id)
         if game is not None:
-            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return AtariEnvs(
                 game,
@@ -1104,7 +1108,7 @@ def to_python(value: object) -> object:
 def check_finite(iteration: int, **quantities: Tensor) -> None:
     """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
     for name, values in quantities.items():
-        if not values.isfinite().all():
+        if not all(gather(bool(values.isfinite().all()))):  # in any process
             raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
 
 
@@ -1112,8 +1116,8 @@ def check_segment(segment: Segment, iteration: int) -> None:
     """Raise NonFiniteError for observations or rewards that can't be trained on."""
     finals = [obs.flatten() for _, _, obs in segment.finals]
     obs = torch.cat([segment.obs.flatten(), *finals])
-    check_finite(iteration, observations=obs, rewards=segment.rewards)
-    if obs.max() > HUGE or obs.min() < -HUGE:
+    check_finite(iteration, observations=obs, rewards=segment.rewards.float())
+    if max(gather(max(obs.max().item(), -obs.min().item()))) > HUGE:
         raise NonFiniteError(f"observations beyond {HUGE:g}, iteration {iteration}")
 
 
@@ -1167,10 +1171,10 @@ def acer(
     for name in ("exploration", "minibatches"):
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
-    rng_states = state.get("env_rng_states")
+    saved_states = state.get("env_rng_states")
     part = own_part(args.num_envs)
     options = env_options(args)
-    envs = make_envs(args.env_id, args.num_envs, env_seed, rng_states, part, **options)
+    envs = make_envs(args.env_id, args.num_envs, env_seed, saved_states, part, **options)
     with closing(envs):
         num_actions = int(envs.action_space.n)
         policy = ActorCritic(envs.obs.shape[1:], num_actions, args).to(args.torch_device)
@@ -1188,8 +1192,11 @@ def acer(
                 module.load_state_dict(state[name])
             for name, rng in rngs.items():
                 rng.set_state(state[name])
-            if "replay" in state:
-                vars(replay).update(state.pop("replay"))
+            saved_replay = state.pop("replay", None)
+            if saved_replay is not None and len(saved_replay["memory"]["rewards"][0, 0]) == len(
+                envs.obs
+            ):
+                vars(replay).update(saved_replay)
         step = state.get("step", 0)
         episodes = Episodes(args.num_envs, state.get("episodes", ()))
         train_step = compile_step(minibatch_step)
@@ -1208,8 +1215,8 @@ def acer(
             rewards, resets, rng_states = zip(*columns, strict=True)
             episodes.add(torch.cat(rewards, 1), torch.cat(resets, 1))
             check_segment(segment, iteration)
-            if args.clip_rewards:
-                segment = segment._replace(rewards=segment.rewards.sign())
+            rewards = segment.rewards.sign() if args.clip_rewards else segment.rewards
+            segment = segment._replace(rewards=rewards.float())
             replay.add(segment)
 
             rng = rngs["minibatches"]
@@ -1329,6 +1336,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
+        stopped = stopped or bool(_signals)
         evaluation = {}
         if args.eval_episodes and not stopped:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
@@ -1350,7 +1358,8 @@ def follow(signals: Sequence[int]) -> None:
     """Train along with the first process of torchrun, which logs, saves and evaluates."""
     args, state = gather(None)[0]  # what the first process has checked
     torch.set_num_threads(args.torch_threads)
-    with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+    iterations = GENERATOR(args, state, partial(compile_or_eager, args=args))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(iterations):
         for _ in iterations:
             if any(gather(bool(signals))):
                 break
@@ -1477,9 +1486,6 @@ def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
-    rank, _ = rank_and_size()
-    if rank > 0 and file is None:  # of torchrun's processes only the first one prints
-        return
     file = file or sys.stdout
     with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
@@ -1600,7 +1606,8 @@ class Log:
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
         size += f", from {step:,}" if step else ""
         _, processes = rank_and_size()
-        say(size + (f", {processes} processes" if processes > 1 else ""))
+        size += f", {processes} processes" if processes > 1 else ""
+        say(size)
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step + args.batch_size > args.total_timesteps:
@@ -1802,7 +1809,11 @@ def check_args(args: Args) -> Args:
     _, processes = rank_and_size()
     why = f"--num-envs {args.num_envs} is not a multiple of the {processes} processes of torchrun"
     require(args.num_envs % processes == 0, why)
-    require(processes == 1 or not args.evaluate, "--evaluate: run it without torchrun")
+    if processes > 1:
+        require(not args.evaluate, "--evaluate: run it without torchrun")
+        require(
+            ":" not in args.device, f"--device {args.device}: torchrun gives each process a GPU"
+        )
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1942,15 +1953,18 @@ def drop_unread_output() -> None:
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun has started. Each takes the GPU of its number."""
+    """Connect to the other processes of torchrun, and use GPU LOCAL_RANK if there are GPUs."""
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
 
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error says that the connection to another process broke."""
-    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "c10d" in text
 
 
 def main() -> int:
@@ -1978,35 +1992,34 @@ def main() -> int:
 
     for n in caught:
         signal.signal(n, stop)
-    name = f"{SCRIPT}.py"
+    rank = int(os.environ["RANK"]) if launched else 0
+    name = f"{SCRIPT}.py, process {rank}" if rank > 0 else f"{SCRIPT}.py"
     try:
         if launched:
             join_processes()
-        rank, _ = rank_and_size()
-        if rank > 0:
-            name += f", process {rank}"
         args = parse_args() if rank == 0 else Args()  # train gives the others the args of the first
         if args.evaluate:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
+        if launched:
+            dist.destroy_process_group()
     except InputError as error:
         say(f"{name}: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        if rank == 0:  # all processes have found it
+            say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
         say(f"{name}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:
-        if not lost_process(error):
+        if not launched or not lost_process(error):
             raise
         if rank == 0:
-            say(
-                f"{name}: another process ended. The last checkpoint, if there is one, stays",
-                sys.stderr,
-            )
+            why = "another process ended. The last checkpoint, if there is one, stays"
+            say(f"{name}: {why} ({first_line(error)})", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)

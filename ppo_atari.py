@@ -21,6 +21,7 @@ Install   pip install torch==2.13.0 gymnasium==1.4.0 ale-py pygame tyro tensorbo
           (or `uv run ppo_atari.py`, which reads the exact versions from the top of this file)
 Run       python ppo_atari.py --env-id ALE/Breakout-v5 --seed 1
           python ppo_atari.py --env-id CartPole-v1 --seed 1
+Faster    torchrun --nproc-per-node 4 ppo_atari.py --env-id ALE/Breakout-v5
 Resume    python ppo_atari.py --resume runs/<run>/checkpoint.pt
 Evaluate  python ppo_atari.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
 From Python: train(Args(env_id="Acrobot-v1")), load_policy("runs/<run>/checkpoint.pt").act(obs)
@@ -70,7 +71,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -210,7 +211,7 @@ PAPER = {  # --paper: PPO section 6.4 and Table 5
 THREADS = torch.get_num_threads()  # of PyTorch, for images
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 PIXEL_LIMIT = 5.0  # normalized pixels are clipped to ± this
-ALL = slice(None)  # of the environments
+ALL = slice(None)  # part of the environments that one process alone steps
 HUGE = 1e10  # larger observations need norm_obs
 ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
 FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
@@ -410,7 +411,8 @@ class ActorCritic(nn.Module):
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
         """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        With E_a ~ Exp(1) it is a draw from π(·|s), with E_a = 1 the most probable action.
+        With E_a ~ Exp(1) it is a draw from π(·|s): the smallest of the E_a / π_a, which are
+        independent, is that of a with probability π_a. With E_a = 1 it is the most probable action.
         """
         logits, _ = self(obs)
         probs = logits.softmax(-1).cpu()
@@ -524,8 +526,7 @@ def minibatch_step(
     loss, metrics = ppo_loss(policy, batch, eps_clip, args)
     params = list(policy.parameters())
     grads = torch.autograd.grad(loss, params)
-    grad = mean_of_processes(torch.cat([grad.flatten() for grad in grads]))
-    grad, grad_norm = clip_global_norm([grad], args.max_grad_norm)
+    grad, grad_norm = clip_global_norm([mean_of_processes(grads)], args.max_grad_norm)
     adam.step(params, grad)
     metrics["grad_norm"] = grad_norm
     return {name: value.detach() for name, value in metrics.items()}
@@ -574,8 +575,8 @@ def advantages(
     adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
     if args.norm_adv:
-        every = torch.cat(gather(adv.cpu()), 1).to(adv.device)  # of all processes
-        adv = (adv - every.mean()) / (every.std() + 1e-8)
+        all_adv = torch.cat(gather(adv.cpu()), 1).to(adv.device)  # of all processes
+        adv = (adv - all_adv.mean()) / (all_adv.std() + 1e-8)
     return adv, returns, values, logits
 
 
@@ -592,7 +593,7 @@ def update(
     """K epochs of minibatches over one prepared rollout (PPO Algorithm 1). Returns metrics.
 
     `train_step` is minibatch_step, compiled or not. explained_variance is that before the update.
-    The others are means over minibatches.
+    The others are means over minibatches. All are means over the processes of torchrun.
     """
     adv, returns, values_old, logits_old = advantages(policy, rollout, gamma, args)
     logp_old = categorical_logp(logits_old, rollout.actions)
@@ -805,7 +806,7 @@ class Rollout(NamedTuple):
     rewards: Tensor  # (T, N)
     terminated: Tensor  # (T, N)
     done: Tensor  # (T, N)  terminated | truncated
-    resets: Tensor  # (T, N)  a new episode began. After a lost life a game goes on
+    resets: Tensor  # (T, N)  a new episode began. After a lost life (done) a game may go on
 
 
 def collect(envs: Envs, policy: nn.Module, noise: Tensor) -> Rollout:
@@ -823,7 +824,7 @@ def collect(envs: Envs, policy: nn.Module, noise: Tensor) -> Rollout:
 
 
 class Episodes:
-    """Counts returns, from raw rewards, and lengths. `last` has those of the last 100 episodes."""
+    """Return (of raw rewards) and length of each episode. `last` holds those of the last 100."""
 
     def __init__(self, num_envs: int, last: Iterable[tuple[float, int]] = ()):
         self.last = deque(last, maxlen=100)  # (return, length)
@@ -842,7 +843,8 @@ class Episodes:
 
     def means(self) -> dict[str, float]:
         """Return the means over the last 100 episodes, NaN if none ended."""
-        returns, lengths = zip(*self.last, strict=True) if self.last else ((), ())
+        returns = [ret for ret, _ in self.last]
+        lengths = [length for _, length in self.last]
         return {"episodic_return": mean_or_nan(returns), "episodic_length": mean_or_nan(lengths)}
 
 
@@ -943,13 +945,14 @@ def gather(value: object) -> list:
     return values
 
 
-def mean_of_processes(x: Tensor) -> Tensor:
-    """Return the mean over all processes of a tensor that each has."""
+def mean_of_processes(grads: Sequence[Tensor]) -> Tensor:
+    """Return a gradient as one vector (P,), averaged over the processes of torchrun."""
+    flat = torch.cat([grad.flatten() for grad in grads])
     _, size = rank_and_size()
     if size > 1:
-        dist.all_reduce(x)
-        x = x / size
-    return x
+        dist.all_reduce(flat)
+        flat = flat / size
+    return flat
 
 
 def env_options(args: Args) -> dict[str, bool | float]:
@@ -984,12 +987,12 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     if env_id.startswith("envpool:"):
         raise InputError(f"--env-id {env_id}: EnvPool is for the scripts of continuous actions")
+    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         game = ale_game(env_id)
         if game is not None:
-            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return AtariEnvs(
                 game,
@@ -1092,7 +1095,7 @@ def to_python(value: object) -> object:
 def check_finite(iteration: int, **quantities: Tensor) -> None:
     """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
     for name, values in quantities.items():
-        if not values.isfinite().all():
+        if not all(gather(bool(values.isfinite().all()))):  # in any process
             raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
 
 
@@ -1103,7 +1106,7 @@ def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
         obs = torch.cat([rollout.obs, rollout.next_obs]).double()
         check_finite(iteration, observations=obs)
         limit = 1e100 if norm_obs else HUGE  # statistics need their squares
-        if obs.abs().max() > limit:
+        if max(gather(obs.abs().max().item())) > limit:
             hint = "" if norm_obs else ": add --norm-obs"
             raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
     check_finite(iteration, rewards=rewards)
@@ -1158,10 +1161,10 @@ def ppo(
     for name in ("exploration", "minibatches"):
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
-    rng_states = state.get("env_rng_states")
+    saved_states = state.get("env_rng_states")
     part = own_part(args.num_envs)
     options = env_options(args)
-    envs = make_envs(args.env_id, args.num_envs, env_seed, rng_states, part, **options)
+    envs = make_envs(args.env_id, args.num_envs, env_seed, saved_states, part, **options)
     with closing(envs):
         num_actions = int(envs.action_space.n)
         policy = ActorCritic(envs.obs.shape[1:], num_actions, args).to(args.torch_device)
@@ -1321,6 +1324,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
+        stopped = stopped or bool(_signals)
         evaluation = {}
         if args.eval_episodes and not stopped:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
@@ -1342,7 +1346,8 @@ def follow(signals: Sequence[int]) -> None:
     """Train along with the first process of torchrun, which logs, saves and evaluates."""
     args, state = gather(None)[0]  # what the first process has checked
     torch.set_num_threads(args.torch_threads)
-    with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+    iterations = GENERATOR(args, state, partial(compile_or_eager, args=args))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(iterations):
         for _ in iterations:
             if any(gather(bool(signals))):
                 break
@@ -1469,9 +1474,6 @@ def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
-    rank, _ = rank_and_size()
-    if rank > 0 and file is None:  # of torchrun's processes only the first one prints
-        return
     file = file or sys.stdout
     with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
@@ -1592,7 +1594,8 @@ class Log:
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
         size += f", from {step:,}" if step else ""
         _, processes = rank_and_size()
-        say(size + (f", {processes} processes" if processes > 1 else ""))
+        size += f", {processes} processes" if processes > 1 else ""
+        say(size)
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step + args.batch_size > args.total_timesteps:
@@ -1794,7 +1797,11 @@ def check_args(args: Args) -> Args:
     _, processes = rank_and_size()
     why = f"--num-envs {args.num_envs} is not a multiple of the {processes} processes of torchrun"
     require(args.num_envs % processes == 0, why)
-    require(processes == 1 or not args.evaluate, "--evaluate: run it without torchrun")
+    if processes > 1:
+        require(not args.evaluate, "--evaluate: run it without torchrun")
+        require(
+            ":" not in args.device, f"--device {args.device}: torchrun gives each process a GPU"
+        )
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1851,7 +1858,9 @@ def say_defaults(given: Args, filled: Args) -> None:
 def check_algorithm_args(args: Args) -> None:
     """Raise InputError for flags that contradict each other."""
     size = f"--num-envs x --num-steps = {args.batch_size}"
-    divides = args.batch_size % args.num_minibatches == 0
+    _, processes = rank_and_size()
+    divides = args.batch_size // processes % args.num_minibatches == 0
+    size += f" / {processes} processes" if processes > 1 else ""
     require(divides, f"--num-minibatches must divide {size}")
     require(len(args.hidden_sizes) > 0, "--hidden-sizes needs one layer or more")
     require(args.images or not args.paper, "--paper is for images: the paper has no vectors")
@@ -1920,15 +1929,18 @@ def drop_unread_output() -> None:
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun has started. Each takes the GPU of its number."""
+    """Connect to the other processes of torchrun, and use GPU LOCAL_RANK if there are GPUs."""
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
 
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error says that the connection to another process broke."""
-    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "c10d" in text
 
 
 def main() -> int:
@@ -1956,35 +1968,34 @@ def main() -> int:
 
     for n in caught:
         signal.signal(n, stop)
-    name = f"{SCRIPT}.py"
+    rank = int(os.environ["RANK"]) if launched else 0
+    name = f"{SCRIPT}.py, process {rank}" if rank > 0 else f"{SCRIPT}.py"
     try:
         if launched:
             join_processes()
-        rank, _ = rank_and_size()
-        if rank > 0:
-            name += f", process {rank}"
         args = parse_args() if rank == 0 else Args()  # train gives the others the args of the first
         if args.evaluate:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
+        if launched:
+            dist.destroy_process_group()
     except InputError as error:
         say(f"{name}: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        if rank == 0:  # all processes have found it
+            say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
         say(f"{name}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:
-        if not lost_process(error):
+        if not launched or not lost_process(error):
             raise
         if rank == 0:
-            say(
-                f"{name}: another process ended. The last checkpoint, if there is one, stays",
-                sys.stderr,
-            )
+            why = "another process ended. The last checkpoint, if there is one, stays"
+            say(f"{name}: {why} ({first_line(error)})", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)

@@ -19,6 +19,8 @@ Papers
 Install   pip install torch==2.13.0 "gymnasium[mujoco]==1.4.0" tyro tensorboard tqdm
           (or `uv run trpo_continuous.py`, which reads the exact versions from the top of this file)
 Run       python trpo_continuous.py --env-id HalfCheetah-v5 --seed 1
+Faster    python trpo_continuous.py --env-id envpool:HalfCheetah-v5     (pip install envpool)
+          torchrun --nproc-per-node 4 trpo_continuous.py --env-id Humanoid-v5
 Resume    python trpo_continuous.py --resume runs/<run>/checkpoint.pt
 Evaluate  python trpo_continuous.py --evaluate runs/<run>/checkpoint.pt --video-dir videos
 From Python: train(Args(env_id="Hopper-v5")), load_policy("runs/<run>/checkpoint.pt").act(obs)
@@ -64,7 +66,8 @@ Departures from the TRPO paper that no flag reverts (PAPER below lists the other
     Adam's ε is 1e-5. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
-run equals the uninterrupted run bit for bit.
+run equals the uninterrupted run bit for bit. EnvPool's random states can't be saved: its episodes
+start from other seeds then.
 """
 
 import csv
@@ -79,7 +82,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -122,7 +125,7 @@ class RunArgs:
 @dataclass
 class EnvironmentArgs:
     num_envs: int = 16  # N, number of environments, stepped one after another
-    # threads that step the environments of EnvPool, for ids such as envpool:HalfCheetah-v5
+    # threads with which each process steps EnvPool, for ids such as envpool:HalfCheetah-v5
     # (default: one for each core)
     env_threads: int | None = None
     # normalize observations by their running mean and std, and clip them to ±10
@@ -204,7 +207,7 @@ PAPER = {  # --paper: TRPO section 8.1 and appendix E
 CG_TOLERANCE = 1e-10  # of the squared norm of the residual, relative to that of g
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 POOL = "envpool:"  # prefix of the ids of EnvPool
-ALL = slice(None)  # of the environments
+ALL = slice(None)  # part of the environments that one process alone steps
 HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
@@ -758,10 +761,11 @@ class Envs:
 
 
 class PoolEnvs:
-    """N environments of EnvPool, stepped in threads, with the attributes and methods of Envs.
+    """N environments of EnvPool, stepped in threads, with the interface of Envs that training uses.
 
     Its random states can't be saved. `rng_states` counts the steps so far, which give a resumed
-    run other seeds. The spaces are those of the Gymnasium task of the same name.
+    run other seeds. The spaces are those of the Gymnasium task of the same name. An episode that
+    terminates at its time limit counts as truncated alone.
     """
 
     def __init__(self, task: str, seeds: np.ndarray, steps: int, threads: int):
@@ -769,23 +773,24 @@ class PoolEnvs:
             import envpool
         except ImportError as error:
             raise InputError(f"--env-id {POOL}{task}: pip install envpool") from error
-        if task not in envpool.list_all_envs():
-            raise InputError(f"--env-id {POOL}{task}: EnvPool has no such task. Try {task}")
+        spec = gym.registry.get(task)
+        mujoco_task = spec is not None and "mujoco" in str(spec.entry_point) and spec.version == 5
+        if not mujoco_task or task not in envpool.list_all_envs():
+            raise InputError(
+                f"--env-id {POOL}{task}: EnvPool is for MuJoCo tasks such as Hopper-v5"
+            )
         with closing(gym.make(task)) as env:
-            check_spaces(env, task)
             self.action_space = env.action_space
             self.spaces = describe_spaces(env.observation_space, env.action_space)
-            self.fps = env.metadata["render_fps"]
         seeds = [int(seed >> 1) for seed in seeds]  # it takes 31 bits
-        self.pool = envpool.make_gymnasium(
-            task, num_envs=len(seeds), seed=seeds, num_threads=threads
-        )
+        options = {"num_envs": len(seeds), "num_threads": min(threads, len(seeds))}
+        self.pool = envpool.make_gymnasium(task, seed=seeds, **options)
         self.obs, _ = self.pool.reset()
         self.rng_states = [steps] * len(seeds)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take actions (N, A), and start an episode where one ends. See Envs.step."""
-        next_obs, rewards, terminated, truncated, _ = self.pool.step(actions.astype(np.float64))
+        next_obs, rewards, terminated, truncated, _ = self.pool.step(actions)
         self.obs = next_obs.copy()
         over = np.flatnonzero(terminated | truncated)
         if len(over) > 0:  # EnvPool by itself would reset them in the next step, and lose it
@@ -832,7 +837,7 @@ def collect(envs: Envs, policy: nn.Module, noise: Tensor) -> Rollout:
 
 
 class Episodes:
-    """Counts returns, from raw rewards, and lengths. `last` has those of the last 100 episodes."""
+    """Return (of raw rewards) and length of each episode. `last` holds those of the last 100."""
 
     def __init__(self, num_envs: int, last: Iterable[tuple[float, int]] = ()):
         self.last = deque(last, maxlen=100)  # (return, length)
@@ -851,7 +856,8 @@ class Episodes:
 
     def means(self) -> dict[str, float]:
         """Return the means over the last 100 episodes, NaN if none ended."""
-        returns, lengths = zip(*self.last, strict=True) if self.last else ((), ())
+        returns = [ret for ret, _ in self.last]
+        lengths = [length for _, length in self.last]
         return {"episodic_return": mean_or_nan(returns), "episodic_length": mean_or_nan(lengths)}
 
 
@@ -992,7 +998,7 @@ def make_envs(
 ) -> Envs | PoolEnvs:
     """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
 
-    envpool:Hopper-v5 with `env_threads` is EnvPool's task, without it Gymnasium's Hopper-v5.
+    Without `env_threads` (evaluation, film) envpool:Hopper-v5 is Gymnasium's Hopper-v5.
     """
     with suppress(Exception):
         import mujoco
@@ -1002,11 +1008,11 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     pooled = env_id.startswith(POOL) and env_threads > 0
     env_id = env_id.removeprefix(POOL)
+    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         if pooled:
-            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return PoolEnvs(env_id, seeds, steps, env_threads)
         seeds = np.random.SeedSequence(seed).generate_state(num_envs)[part]
@@ -1083,7 +1089,7 @@ def to_python(value: object) -> object:
 def check_finite(iteration: int, **quantities: Tensor) -> None:
     """Raise NonFiniteError that names the first quantity with a NaN or an infinity."""
     for name, values in quantities.items():
-        if not values.isfinite().all():
+        if not all(gather(bool(values.isfinite().all()))):  # in any process
             raise NonFiniteError(f"NaN or infinity in {name}, iteration {iteration}")
 
 
@@ -1094,7 +1100,7 @@ def check_rollout(rollout: Rollout, iteration: int, norm_obs: bool) -> None:
         obs = torch.cat([rollout.obs, rollout.next_obs]).double()
         check_finite(iteration, observations=obs)
         limit = 1e100 if norm_obs else HUGE  # statistics need their squares
-        if obs.abs().max() > limit:
+        if max(gather(obs.abs().max().item())) > limit:
             hint = "" if norm_obs else ": add --norm-obs"
             raise NonFiniteError(f"observations beyond {limit:g}, iteration {iteration}{hint}")
     check_finite(iteration, rewards=rewards)
@@ -1158,10 +1164,10 @@ def trpo(
     for name in ("exploration", "minibatches"):
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
-    rng_states = state.get("env_rng_states")
+    saved_states = state.get("env_rng_states")
     part = own_part(args.num_envs)
     options = env_options(args)
-    envs = make_envs(args.env_id, args.num_envs, env_seed, rng_states, part, **options)
+    envs = make_envs(args.env_id, args.num_envs, env_seed, saved_states, part, **options)
     with closing(envs):
         policy = Policy(envs.obs.shape[1:], envs.action_space, args).to(args.torch_device)
         critic = Critic(envs.obs.shape[1:], args).to(args.torch_device)
@@ -1187,7 +1193,7 @@ def trpo(
             shape = (args.num_steps, args.num_envs, policy.action_dim)
             noise = torch.randn(shape, generator=rngs["exploration"])
             raw = collect(envs, policy, noise[:, part])
-            # Without torchrun there is one part. With it each process has one, and gets all
+            # Each process of torchrun steps a part of the environments, and gets all rollouts.
             parts, rng_states = zip(*gather((raw, envs.rng_states)), strict=True)
             raw = Rollout(*[torch.cat(column, 1) for column in zip(*parts, strict=True)])
             episodes.add(raw.rewards, raw.done)
@@ -1322,6 +1328,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
         log.end_training(state)
+        stopped = stopped or bool(_signals)
         evaluation = {}
         if args.eval_episodes and not stopped:
             evaluation = evaluate_policy(load_policy(checkpoint), args, _signals)
@@ -1343,7 +1350,8 @@ def follow(signals: Sequence[int]) -> None:
     """Train along with the first process of torchrun, which logs, saves and evaluates."""
     args, state = gather(None)[0]  # what the first process has checked
     torch.set_num_threads(args.torch_threads)
-    with closing(GENERATOR(args, state, partial(compile_or_eager, args=args))) as iterations:
+    iterations = GENERATOR(args, state, partial(compile_or_eager, args=args))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(iterations):
         for _ in iterations:
             if any(gather(bool(signals))):
                 break
@@ -1476,9 +1484,6 @@ def film(policy: nn.Module, args: Args, signals: Sequence[int] = ()) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line. A closed terminal or a character that it does not know raises nothing."""
-    rank, _ = rank_and_size()
-    if rank > 0 and file is None:  # of torchrun's processes only the first one prints
-        return
     file = file or sys.stdout
     with suppress(OSError, ValueError, AttributeError), tqdm.external_write_mode(file):
         try:
@@ -1601,7 +1606,8 @@ class Log:
         size += f" {args.batch_size:,}, {args.num_iterations} iterations = {self.total:,} steps"
         size += f", from {step:,}" if step else ""
         _, processes = rank_and_size()
-        say(size + (f", {processes} processes" if processes > 1 else ""))
+        size += f", {processes} processes" if processes > 1 else ""
+        say(size)
         why = f"auto: {WHY_AUTO}" if args.device == "auto" else "as asked"
         say(f"device {args.torch_device} ({why})")
         if step + args.batch_size > args.total_timesteps:
@@ -1801,7 +1807,11 @@ def check_args(args: Args) -> Args:
     _, processes = rank_and_size()
     why = f"--num-envs {args.num_envs} is not a multiple of the {processes} processes of torchrun"
     require(args.num_envs % processes == 0, why)
-    require(processes == 1 or not args.evaluate, "--evaluate: run it without torchrun")
+    if processes > 1:
+        require(not args.evaluate, "--evaluate: run it without torchrun")
+        require(
+            ":" not in args.device, f"--device {args.device}: torchrun gives each process a GPU"
+        )
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1927,15 +1937,18 @@ def drop_unread_output() -> None:
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun has started. Each takes the GPU of its number."""
+    """Connect to the other processes of torchrun, and use GPU LOCAL_RANK if there are GPUs."""
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
 
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error says that the connection to another process broke."""
-    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "c10d" in text
 
 
 def main() -> int:
@@ -1963,35 +1976,34 @@ def main() -> int:
 
     for n in caught:
         signal.signal(n, stop)
-    name = f"{SCRIPT}.py"
+    rank = int(os.environ["RANK"]) if launched else 0
+    name = f"{SCRIPT}.py, process {rank}" if rank > 0 else f"{SCRIPT}.py"
     try:
         if launched:
             join_processes()
-        rank, _ = rank_and_size()
-        if rank > 0:
-            name += f", process {rank}"
         args = parse_args() if rank == 0 else Args()  # train gives the others the args of the first
         if args.evaluate:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
+        if launched:
+            dist.destroy_process_group()
     except InputError as error:
         say(f"{name}: {error}", sys.stderr)
         return 2
     except NonFiniteError as error:
-        say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
+        if rank == 0:  # all processes have found it
+            say(f"{name}: {error}. The last checkpoint, if there is one, stays", sys.stderr)
         return 1
     except SaveError as error:
         say(f"{name}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:
-        if not lost_process(error):
+        if not launched or not lost_process(error):
             raise
         if rank == 0:
-            say(
-                f"{name}: another process ended. The last checkpoint, if there is one, stays",
-                sys.stderr,
-            )
+            why = "another process ended. The last checkpoint, if there is one, stays"
+            say(f"{name}: {why} ({first_line(error)})", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + (signals[0] if signals else signal.SIGINT)

@@ -24,6 +24,7 @@ class Run:
     only: tuple[str, ...] = ()  # labels, for example ppo_continuous; default all of the suite
     tasks: tuple[str, ...] = ()  # Gymnasium ids; default all of the suite
     workers: int = 2  # runs at a time, one thread each
+    ray: str | None = None  # send the runs to a Ray cluster instead: auto (the one of this machine) or its address
     retry: bool = False  # try failed runs again
     dry_run: bool = False  # print one command line a run; once they are done, the same without this flag records them
 
@@ -67,7 +68,7 @@ def main() -> int:
         if command.dry_run:
             print("\n".join(f"{job.command} --run-dir {job.folder.relative_to(ROOT)}" for job in jobs))
             return 0
-        return run_jobs(jobs, command.workers, command.retry)
+        return run_jobs(jobs, command.workers, command.retry, command.ray)
     done = {row["key"] for row in read_index(command.suite)}
     states = {job: state(job, done) for job in jobs}
     for job, what in states.items():

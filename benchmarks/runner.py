@@ -314,8 +314,11 @@ def train(job: Job, stop: threading.Event, running: dict[Job, subprocess.Popen],
     return f"{' / '.join(text[-4:])}\n  all of its output: {job.log.relative_to(ROOT)}"
 
 
-def run_jobs(jobs: list[Job], workers: int, retry: bool) -> int:
-    """Train what is not done of a suite, `workers` at a time; -> the exit code. Ctrl-C stops cleanly."""
+def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None) -> int:
+    """Train what is not done of a suite, `workers` at a time or on the cluster `ray`; -> the exit code.
+
+    Ctrl-C stops cleanly.
+    """
     if any(job.entry.script in PEERS for job in jobs) and not find_spec("stable_baselines3"):
         raise BenchmarkError("stable_baselines3 is missing: pip install -r benchmarks/requirements.txt")
     done = {row["key"] for row in read_index(jobs[0].suite)}
@@ -324,6 +327,16 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool) -> int:
     skipped = [job for job, what in states.items() if what == "failed" and not retry]
     print(f"{len(jobs)} runs: {len(jobs) - len(todo) - len(skipped)} done, {len(todo)} to do", end="")
     print(f", {len(skipped)} failed before (--retry tries them again)" if skipped else "")
+    if ray:
+        if not find_spec("ray"):
+            raise BenchmarkError("ray is missing: pip install -r benchmarks/requirements.txt")
+        from benchmarks.on_ray import run_on_ray
+
+        with locked(jobs[0].suite):
+            for job in [job for job in todo if states[job] == "to record"]:
+                append(job.suite, record(job, commit()))
+                todo.remove(job)
+            return run_on_ray(todo, ray)
     running, failed, finished = {}, 0, 0
     with (
         locked(jobs[0].suite) as lock,

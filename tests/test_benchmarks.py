@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,48 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
     (row,) = csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open())
     assert row["steps"] == "81920"
     assert len(list(copy.glob("runs/**/config-*.json"))) == 1  # it was resumed
+
+
+def training() -> int:
+    """How many processes train in InvertedPendulum on a node of Ray."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            commands.append(path.read_bytes())
+    return sum(b"InvertedPendulum-v5" in x and b"working_dir_files" in x for x in commands)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
+    pytest.importorskip("ray")
+    import time
+
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        flags = ["--suite", "smoke", "--seeds", "1-2", "--only", "ppo_continuous", "trpo_continuous"]
+        command = [sys.executable, "-m", "benchmarks", "run", *flags, "--ray", cluster.address]
+        process = subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while training() < 2:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+        output, _ = process.communicate(timeout=180)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, output
+    rows = list(csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open()))
+    assert sorted((row["script"], row["seed"], row["steps"]) for row in rows) == [
+        (script, seed, "20480") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
+    ]
+    assert output.count("done: python") == 4
+    assert all(float(row["deterministic"]) > 0 for row in rows)
+    assert len(list(copy.glob("runs/benchmarks/smoke/*/checkpoint.pt"))) == 4
+    assert len(list(copy.glob("benchmarks/results/smoke/*__s*.csv"))) == 4
+    status = harness("status", *flags, folder=copy)
+    assert "4 done" in status.stdout
 
 
 def test_a_peer_leaves_the_same_files(tmp_path):

@@ -185,9 +185,9 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     os.kill(worker(launcher, 1), signal.SIGKILL)
     out, err = launcher.communicate(timeout=30)
     assert launcher.returncode != 0
-    lines = [line for line in (out + err).splitlines() if line.startswith("ppo_atari.py")]
-    end = "another process ended. The last checkpoint, if there is one, stays"
-    assert lines == [f"ppo_atari.py: {end}"]
+    (line,) = [line for line in (out + err).splitlines() if line.startswith("ppo_atari.py")]
+    end = "another process ended. The last checkpoint, if there is one, stays ("
+    assert line.startswith(f"ppo_atari.py: {end}")
     assert ppo_atari.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] >= 256
 
 

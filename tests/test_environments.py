@@ -1,8 +1,10 @@
 """Environments and rollouts: successors, returns, random streams, spaces, mistakes, closing."""
 
+import importlib.util
 import itertools
 import math
 import random
+import sys
 import types
 from functools import partial
 
@@ -29,6 +31,7 @@ from conftest import (
 
 import acer_discrete
 import ppo_atari
+import ppo_continuous
 import trpo_continuous
 
 each_with_a_rollout = each_with("prepare")  # acer_discrete.py has segments in its place
@@ -846,3 +849,156 @@ def test_random_states_of_every_kind_are_saved_and_restored(script, toy, kind, t
 def test_values_of_libraries_become_those_of_python(script):
     value = {"a": [np.float64(1), (np.arange(2), torch.ones(1))]}
     assert script.to_python(value) == {"a": [1.0, ([0, 1], [1.0])]}
+
+
+# ---- EnvPool ----
+
+NINE = (
+    *("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "InvertedDoublePendulum-v5"),
+    *("InvertedPendulum-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5"),
+)
+
+
+def pool_envs(script, task, num_envs=2, threads=1, seed=0, **kwargs):
+    pytest.importorskip("envpool")
+    return script.make_envs(f"envpool:{task}", num_envs, seed, env_threads=threads, **kwargs)
+
+
+def state_of(task, obs):
+    """(qpos, qvel) of a MuJoCo task from an observation, with 0 for what that does not show."""
+    if task == "Reacher-v5":
+        cos, sin, target, speed = obs[0:2], obs[2:4], obs[4:6], obs[6:8]
+        return np.array([*np.arctan2(sin, cos), *target]), np.array([*speed, 0, 0])
+    if task == "InvertedDoublePendulum-v5":
+        return np.array([obs[0], *np.arctan2(obs[1:3], obs[3:5])]), obs[5:8]
+    hidden = {"InvertedPendulum-v5": 0, "HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1}
+    hidden = hidden.get(task, 2)
+    num_speeds = gym.make(task).unwrapped.model.nv
+    num_positions = gym.make(task).unwrapped.model.nq
+    positions = obs[: num_positions - hidden]
+    return np.array([*np.zeros(hidden), *positions]), obs[num_positions - hidden :][:num_speeds]
+
+
+@pytest.mark.parametrize("task", NINE)
+def test_envpool_steps_as_gymnasium_does(task):
+    """From the same state, with the same actions."""
+    script = ppo_continuous
+    envs = pool_envs(script, task, num_envs=1)
+    env = gym.make(task).unwrapped
+    env.reset(seed=0)
+    env.set_state(*state_of(task, envs.obs[0]))
+    rng = np.random.default_rng(0)
+    space = env.action_space
+    for _ in range(40):
+        action = rng.uniform(space.low, space.high).astype(np.float32)
+        next_obs, rewards, terminated, truncated = envs.step(action[None])
+        obs, reward, over, _, _ = env.step(action)
+        np.testing.assert_allclose(next_obs[0], obs, rtol=1e-6, atol=1e-6)
+        assert rewards[0] == pytest.approx(reward, rel=1e-6, abs=1e-6)
+        assert terminated[0] == over and not truncated[0]
+        if over:
+            break
+
+
+@each_continuous
+@pytest.mark.parametrize("task, num_steps", [("Hopper-v5", 200), ("HalfCheetah-v5", 1010)])
+def test_a_rollout_of_envpool_is_whole_and_a_perfect_critic_has_no_advantage(
+    script, task, num_steps
+):
+    """No step is lost at the end of an episode, and none comes from EnvPool's own reset."""
+    envs = pool_envs(script, task, num_envs=3, threads=2)
+    args = filled(script, norm_obs=False, norm_reward=False, norm_adv=False)
+    policy, _ = make_networks(script, envs.obs.shape[1:], envs.action_space, args)
+    raw = script.collect(envs, policy, draw_noise(policy, num_steps, 3))
+    ends = raw.done[:-1]
+    follows = (raw.next_obs[:-1] == raw.obs[1:]).all(-1)
+    assert torch.equal(follows, ~ends) and ends.any()
+    time_limit = task == "HalfCheetah-v5"
+    assert raw.terminated.any() != time_limit and (raw.done & ~raw.terminated).any() == time_limit
+    if time_limit:
+        assert raw.done.nonzero()[:, 0].tolist() == [999] * 3
+
+    counter = script.Episodes(3)
+    counter.add(raw.rewards, raw.done)
+    starts = torch.zeros(3, dtype=int)
+    expected = []
+    for t, n in raw.done.nonzero().tolist():
+        rewards = raw.rewards[starts[n] : t + 1, n]
+        expected.append((pytest.approx(rewards.sum().item()), len(rewards)))
+        starts[n] = t + 1
+    assert list(counter.last) == expected[-100:]
+
+    after = raw.rewards.new_tensor([[7.0, 8.0, 9.0]])  # V where the rollout ends
+    values = torch.empty_like(raw.rewards)
+    next_values = torch.empty_like(raw.rewards)
+    for t in reversed(range(num_steps)):
+        after = torch.where(raw.done[t], 5.0, after)  # V of a final observation
+        next_values[t] = after
+        after = raw.rewards[t] + 0.9 * after * ~raw.terminated[t]
+        values[t] = after
+    table = {}
+    for obs, v in ((raw.obs, values), (raw.next_obs, next_values)):
+        states = map(bytes, obs.flatten(0, 1).numpy())
+        table |= dict(zip(states, v.flatten().tolist(), strict=True))
+
+    def critic(obs):
+        flat = [table[bytes(row)] for row in obs.reshape(-1, obs.shape[-1]).numpy()]
+        return torch.tensor(flat, dtype=torch.float64).reshape(obs.shape[:-1])
+
+    adv, _, _ = script.advantages(critic, raw, 0.9, args)
+    torch.testing.assert_close(adv, torch.zeros_like(adv), atol=1e-9, rtol=0)
+
+
+def test_threads_of_envpool_change_nothing_and_seeds_are_those_of_the_environments():
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, 4, 3)).astype(np.float32)
+    played = []
+    for threads in (1, 2):
+        envs = pool_envs(ppo_continuous, "Hopper-v5", 4, threads)
+        played.append([np.concatenate(envs.step(x)[:1]) for x in actions])
+    np.testing.assert_array_equal(*played)
+    whole = pool_envs(ppo_continuous, "Hopper-v5", 4)
+    part = pool_envs(ppo_continuous, "Hopper-v5", 4, part=slice(2, 4))
+    np.testing.assert_array_equal(whole.obs[2:], part.obs)
+    resumed = pool_envs(ppo_continuous, "Hopper-v5", 4, rng_states=[640] * 4)
+    assert not (whole.obs == resumed.obs).any() and resumed.rng_states == [640] * 4
+    assert len({*map(bytes, whole.obs), *map(bytes, resumed.obs)}) == 8
+
+
+@each_continuous
+def test_training_in_envpool_resumes_and_is_evaluated_in_gymnasium(script, tmp_path, monkeypatch):
+    pytest.importorskip("envpool")
+    made = []
+    make = gym.make
+    monkeypatch.setattr(gym, "make", lambda *x, **y: made.append(x[0]) or make(*x, **y))
+    task = "InvertedPendulum-v5"
+    args = make_args(script, env_id=f"envpool:{task}", env_threads=1, eval_episodes=2)
+    args.run_dir = str(tmp_path / "run")
+    result = script.train(args)
+    assert result["eval_return"] > 0 and set(made) == {task}
+    args = script.Args(**script.load_checkpoint(result["checkpoint"])["args"])
+    args.resume = result["checkpoint"]
+    args.total_timesteps *= 2
+    assert script.train(args)["steps"] == args.total_timesteps
+
+
+@each_script
+def test_bad_use_of_envpool_is_one_line(script, tmp_path, monkeypatch):
+    run_dir = str(tmp_path / "run")
+    wrong = dict.fromkeys(
+        ("envpool:Nope-v5", "envpool:Pendulum-v1", "envpool:Pong-v5", "envpool:Ant-v4"),
+        "EnvPool is for MuJoCo tasks such as Hopper-v5",
+    )
+    if script in DISCRETE:
+        wrong = {"envpool:Pong-v5": "EnvPool is for the scripts of continuous actions"}
+    elif importlib.util.find_spec("envpool") is None:
+        pytest.skip("needs envpool")
+    for env_id, message in wrong.items():
+        with pytest.raises(script.InputError, match=message):
+            script.train(make_args(script, env_id=env_id, run_dir=run_dir))
+    if script in CONTINUOUS:
+        with pytest.raises(script.InputError, match="--env-threads has no effect"):
+            script.train(make_args(script, env_threads=2, run_dir=run_dir))
+        monkeypatch.setitem(sys.modules, "envpool", None)
+        with pytest.raises(script.InputError, match="pip install envpool"):
+            script.train(make_args(script, env_id="envpool:Hopper-v5", run_dir=run_dir))
+    assert not (tmp_path / "run").exists()
