@@ -227,11 +227,12 @@ class Catch(gym.Env):
     `reward` for a catch and -`reward` for a miss. With `cut` a time limit ends the episodes.
     """
 
-    observation_space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
     action_space = gym.spaces.Discrete(3)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
-    def __init__(self, reward=1, cut=False, render_mode=None):
+    def __init__(self, reward=1, cut=False, pixels=12, render_mode=None):
+        self.pixels = pixels  # height and width of a cell
+        self.observation_space = gym.spaces.Box(0, 255, (1, 7 * pixels, 7 * pixels), np.uint8)
         self.reward = reward
         self.cut = cut
         self.render_mode = render_mode
@@ -240,7 +241,7 @@ class Catch(gym.Env):
         cells = np.zeros((7, 7), np.uint8)
         cells[self.row, self.ball] = 255
         cells[-1, self.paddle] = 255
-        return cells.repeat(12, 0).repeat(12, 1)[None]
+        return cells.repeat(self.pixels, 0).repeat(self.pixels, 1)[None]
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -349,6 +350,7 @@ class Poison(Chain):
 
 
 gym.register("Catch-v0", Catch)
+gym.register("SmallCatch-v0", Catch, kwargs={"pixels": 8})
 gym.register("CutCatch-v0", Catch, kwargs={"cut": True, "reward": 5})
 gym.register("Chain-v0", Chain, disable_env_checker=True)
 gym.register("EndlessChain-v0", Chain, kwargs={"finite": False}, max_episode_steps=3)
