@@ -430,6 +430,7 @@ def policy_step(
     """TRPO section 6: one step of the policy on the whole batch. Returns metrics."""
     params = list(policy.parameters())
     theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
+    sizes = [param.numel() for param in params]
 
     def surrogate_and_kl() -> tuple[Tensor, Tensor]:
         mean, log_std = policy.mean_and_log_std(batch.inputs)
@@ -454,7 +455,9 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        nn.utils.vector_to_parameters(theta, params)
+        # Not vector_to_parameters: its views are not aligned, and products would round in other ways
+        for param, part in zip(params, theta.split(sizes), strict=True):
+            param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
         return surrogate - surrogate_old, kl
 

@@ -436,7 +436,7 @@ def test_speed_tables_are_made_from_the_results():
         for row in csv.DictReader(path.open()):
             runs[row["contestant"]].append(float(row["steps_per_second"]))
         peer = runs.pop(speed.PEERS[script])
-        assert len(peer) >= 3 and list(runs) == list(speed.CONTESTANTS[script])
+        assert len(peer) >= 3 and runs.keys() <= speed.CONTESTANTS[script].keys()
         table = text[text.index(f"| {task} | steps/s (range) | times {speed.PEERS[script]} ") :]
         for name, ours in runs.items():
             ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
