@@ -455,7 +455,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # Not vector_to_parameters: its views are not aligned, and products would round in other ways
+        # Not vector_to_parameters: its views are not aligned, so products would round otherwise
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
