@@ -1000,12 +1000,12 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     if env_id.startswith("envpool:"):
         raise InputError(f"--env-id {env_id}: EnvPool is for the scripts of continuous actions")
-    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         game = ale_game(env_id)
         if game is not None:
+            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return AtariEnvs(
                 game,
@@ -1193,9 +1193,10 @@ def acer(
             for name, rng in rngs.items():
                 rng.set_state(state[name])
             saved_replay = state.pop("replay", None)
-            if saved_replay is not None and len(saved_replay["memory"]["rewards"][0, 0]) == len(
-                envs.obs
-            ):
+            _, processes = rank_and_size()
+            if (
+                saved_replay is not None and processes == 1
+            ):  # it has the segments of all environments
                 vars(replay).update(saved_replay)
         step = state.get("step", 0)
         episodes = Episodes(args.num_envs, state.get("episodes", ()))
@@ -1972,7 +1973,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]

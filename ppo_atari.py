@@ -987,12 +987,12 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     if env_id.startswith("envpool:"):
         raise InputError(f"--env-id {env_id}: EnvPool is for the scripts of continuous actions")
-    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         game = ale_game(env_id)
         if game is not None:
+            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return AtariEnvs(
                 game,
@@ -1948,7 +1948,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]

@@ -796,7 +796,7 @@ class PoolEnvs:
         next_obs, rewards, terminated, truncated, _ = self.pool.step(actions)
         self.obs = next_obs.copy()
         over = np.flatnonzero(terminated | truncated)
-        if len(over) > 0:  # EnvPool by itself would reset them in the next step, and lose it
+        if len(over) > 0:  # EnvPool's own reset would replace the next step of these environments
             self.obs[over], _ = self.pool.reset(over)
         self.rng_states = [steps + 1 for steps in self.rng_states]
         return next_obs, rewards.astype(np.float64), terminated, truncated
@@ -1011,11 +1011,11 @@ def make_envs(
         raise InputError(f"--env-id {env_id}: write Env-v0 or module:Env-v0")
     pooled = env_id.startswith(POOL) and env_threads > 0
     env_id = env_id.removeprefix(POOL)
-    steps = rng_states[0] if rng_states else 0  # where rng_states are numbers of steps
     rng_states = rng_states and rng_states[part]
     envs = []
     try:
         if pooled:
+            steps = rng_states[0] if rng_states else 0
             seeds = np.random.SeedSequence((seed, steps)).generate_state(num_envs)[part]
             return PoolEnvs(env_id, seeds, steps, env_threads)
         seeds = np.random.SeedSequence(seed).generate_state(num_envs)[part]
@@ -1959,7 +1959,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # the terminal may not know Greek
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
     signals = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]
