@@ -1305,6 +1305,16 @@ def start(script, folder, *flags, **options):
     return process
 
 
+def resume_two_iterations(script, command, batch):
+    """Resume the run in ./run, check its progress.csv, and return the step of the checkpoint."""
+    step = script.load_checkpoint("run/checkpoint.pt")["step"]
+    flags = f"--resume run/checkpoint.pt --total-timesteps {step + 2 * batch} --eval-episodes 1"
+    assert command(script, flags) == 0
+    steps = [int(row["step"]) for row in rows_of(Path("run"))]
+    assert steps == list(range(batch, step + 2 * batch + 1, batch))
+    return step
+
+
 def default_signals():
     """Some shells start the tests with Ctrl-C ignored."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -1329,14 +1339,9 @@ def test_a_signal_saves_and_the_run_resumes(script, name, code, tmp_path, monkey
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and "a second signal kills" in err and "Traceback" not in err
-    step = script.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
-    steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
-    assert step == steps[-1] > 1024
-    flags = f"--resume run/checkpoint.pt --total-timesteps {step + 1024} --eval-episodes 1"
+    last = int(rows_of(tmp_path / "run")[-1]["step"])
     monkeypatch.chdir(tmp_path)
-    assert command(script, flags) == 0
-    steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
-    assert steps == list(range(1024, step + 1025, 1024))
+    assert resume_two_iterations(script, command, batch=1024) == last > 1024
 
 
 @POSIX
@@ -1369,12 +1374,8 @@ def test_a_kill_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch, command)
     process = start(ppo, tmp_path)
     process.kill()
     process.wait(timeout=10)
-    step = ppo.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"]
-    flags = f"--resume run/checkpoint.pt --total-timesteps {step + 4096} --eval-episodes 0"
     monkeypatch.chdir(tmp_path)
-    assert command(ppo, flags) == 0
-    steps = [int(row["step"]) for row in rows_of(tmp_path / "run")]
-    assert steps == list(range(2048, step + 4097, 2048))
+    assert resume_two_iterations(ppo, command, batch=2048) >= 2048
 
 
 @POSIX
