@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rliable import library as rly
 from rliable import metrics
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, trim_mean
 
 from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
 from benchmarks.suites import SUITES
@@ -21,8 +21,10 @@ RESAMPLES = 2000
 FRESH = 8  # defaults and flags by task were chosen on seeds below; TRPO's for Swimmer-v5 on 10 to 19 too
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
+SPEED_NAMES = {"default": "this script", "16 x 128": "this script", "bf16": "in bfloat16"}
+SPEED_NAMES |= {"EnvPool": "this script with EnvPool", "peer + EnvPool": "the peer with EnvPool"}
 STYLES = ("-", "--", "-.", ":")
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", RESULTS / "tuning" / "README.md")
 
 
 def references() -> dict[tuple[str, str], float]:
@@ -169,6 +171,81 @@ def aggregate_table(suite: str) -> str:
     return "\n".join(lines)
 
 
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: the mean of the middle half."""
+    return trim_mean(values, 0.25, axis)
+
+
+def candidates() -> dict[str, list[tuple[str, np.ndarray]]]:
+    """script -> (label, scores (pairs, 2)) of each candidate of the suite `tuning`, the default first.
+
+    A row has the scores of the candidate and of the default for one task and seed. A run's score is the mean of its
+    training and its deterministic score, normalized: random policy 0, published reference 1.
+    """
+    published, runs = references(), defaultdict(dict)
+    for row in read_index("tuning"):
+        task = row["task"].removeprefix("envpool:")
+        zero, one = published[task, "random"], published[task, algorithm(row["label"])]
+        score = (float(row["last100"]) + float(row["deterministic"])) / 2
+        runs[row["script"], row["label"]][task, row["seed"]] = (score - zero) / (one - zero)
+    found = defaultdict(list)
+    for script, label in dict.fromkeys((e.script, e.label) for e in SUITES["tuning"]):
+        mine, default = runs[script, label], runs[script, algorithm(script).lower()]
+        pairs = sorted(mine.keys() & default.keys())
+        if pairs:
+            found[script].append((label, np.array([[mine[pair], default[pair]] for pair in pairs])))
+    return dict(found)
+
+
+def difference(pairs: np.ndarray) -> tuple[float, float, float]:
+    """IQM of a candidate less that of the default, with its 95 % bootstrap interval over pairs. pairs (n, 2)."""
+    mine, default = pairs.T
+    value = float(iqm(mine) - iqm(default))
+    if len(pairs) == 1 or np.array_equal(mine, default):
+        return value, value, value
+    found = bootstrap(
+        (mine, default),
+        lambda a, b, axis: iqm(a, axis) - iqm(b, axis),
+        n_resamples=RESAMPLES,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def tuning_table() -> str:
+    """Markdown: the IQM of each candidate, and its difference from the default's on the same tasks and seeds."""
+    lines = ["| candidate | flags | IQM | less the default's [95 % interval] | runs |", "|---|---|---|---|---|"]
+    flags = {e.label: e.flags.split("--env-threads")[0].strip() for e in SUITES["tuning"]}
+    for rows in candidates().values():
+        for label, pairs in rows:
+            value, low, high = difference(pairs)
+            less = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if flags[label] else ""
+            shown = f"`{flags[label]}`" if flags[label] else "the default"
+            lines.append(f"| {label} | {shown} | {iqm(pairs[:, 0]):.2f} | {less} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
+def plot_departures() -> None:
+    """What each departure of PPO from the paper buys: the IQM with all of them less the IQM without this one."""
+    rows = [(label, pairs) for label, pairs in candidates().get("ppo_continuous", []) if "-without-" in label]
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
+    for i, (_, pairs) in enumerate(rows):
+        value, low, high = (-x for x in difference(pairs))
+        axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=8, alpha=0.4, solid_capstyle="butt")
+        axis.plot([value], [i], "|", color=COLOURS[0], markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(rows)), [label.split("-without-")[1] for label, _ in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0, color="#888888", linewidth=0.8)
+    axis.set_xlabel("gain in normalized score (interquartile mean, 95 % interval)", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", alpha=0.25)
+    save(figure, RESULTS / "tuning" / "departures")
+
+
 def improvement_lines(ours: str, theirs: str) -> list[str]:
     """Probability that a run of a script scores higher than one of its peer on the same task."""
     a, b = scores(ours), scores(theirs)
@@ -290,34 +367,54 @@ def plot_aggregate(suite: str) -> None:
 
 
 def plot_speed() -> None:
-    """Bars of the median steps/s of each contestant, from results/speed."""
-    files = sorted((RESULTS / "speed").glob("*.csv"))
-    if not files:
+    """Bars of steps/s as a multiple of the peer's: median over repetitions, and their range. From results/speed."""
+    folder = RESULTS / "speed"
+    files = {path.stem: path for path in (*folder.glob("*.csv"), *folder.glob("parallel/*__*.csv"))}
+    bars = []  # (script and task, contestant, ratio to the peer in each repetition)
+    order = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
+    for stem in sorted(files, key=lambda stem: (order.index(stem.split("__")[0]), "HalfCheetah" not in stem, stem)):
+        script, task = stem.split("__")
+        runs = defaultdict(dict)
+        for row in csv.DictReader(files[stem].open()):
+            runs[row["contestant"]][row["repetition"]] = float(row["steps_per_second"])
+        peer = next((runs.pop(name) for name in ("sb3", "sb3-contrib") if name in runs), None)
+        for name in ("default", "16 x 128", "bf16", "EnvPool", "peer + EnvPool") if peer else ():
+            if name in runs:
+                ratios = [speed / peer[repetition] for repetition, speed in runs[name].items() if repetition in peer]
+                bars.append((f"{script}, {task}", SPEED_NAMES[name], ratios))
+    if not bars:
         return
-    figure, axes = plt.subplots(1, len(files), figsize=(2.5 * len(files), 2.8), squeeze=False)
-    for axis, path in zip(axes.flat, files, strict=True):
-        runs = defaultdict(list)
-        for row in csv.DictReader(path.open()):
-            runs[row["contestant"]].append(float(row["steps_per_second"]))
-        heights = [np.median(x) for x in runs.values()]
-        spread = [[h - min(x), max(x) - h] for h, x in zip(heights, runs.values(), strict=True)]
-        colours = [COLOURS[-1] + "66", *[COLOURS[0]] * (len(runs) - 1)]
-        axis.bar(range(len(runs)), heights, yerr=np.array(spread).T, color=colours, capsize=2, width=0.7)
-        axis.set_xticks(range(len(runs)), list(runs), rotation=35, ha="right", fontsize=7)
-        script, task = path.stem.split("__")
-        axis.set_title(f"{script}\n{task}", fontsize=8)
-        axis.tick_params(axis="y", labelsize=7)
-        axis.grid(axis="y", alpha=0.25)
-    axes[0, 0].set_ylabel("training steps per second", fontsize=8)
-    figure.tight_layout()
+    figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(bars) + 1), layout="constrained")
+    colours = dict(zip(dict.fromkeys(SPEED_NAMES.values()), COLOURS, strict=False))
+    heads = {}  # script and task -> height of its first bar
+    for i, (head, name, ratios) in enumerate(bars):
+        y = i + len(heads.keys() - {head}) / 2  # half a bar between two tasks
+        heads.setdefault(head, y)
+        median = np.median(ratios)
+        spread = [[median - min(ratios)], [max(ratios) - median]]
+        axis.barh(y, median, xerr=spread, color=colours[name], label=name, capsize=2, height=0.8)
+        axis.text(max(ratios) + 0.1, y, f"{median:.1f}", va="center", fontsize=8)
+    axis.set_yticks(list(heads.values()), list(heads), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.1 * max(max(ratios) for _, _, ratios in bars))
+    axis.axvline(1, color="#888888", linewidth=0.8)
+    axis.set_xlabel("steps per second, times those of Stable-Baselines3's PPO or sb3-contrib's TRPO", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", alpha=0.25)
+    handles, labels = axis.get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    names = [name for name in colours if name in found]
+    axis.legend([found[name] for name in names], names, fontsize=8, loc="lower right")
     save(figure, RESULTS / "speed" / "speed")
 
 
 def blocks() -> dict[str, str]:
     """name -> Markdown between `<!-- report: name -->` and `<!-- end -->` in the README files."""
     made = {}
+    if read_index("tuning"):
+        made["tuning"] = tuning_table()
     for suite in SUITES:
-        if read_index(suite):
+        if suite != "tuning" and read_index(suite):
             made[suite], made[f"{suite} runs"] = score_table(suite), runs_table(suite)
             if aggregate := aggregate_table(suite):
                 made[f"{suite} aggregate"] = aggregate
@@ -341,8 +438,9 @@ def write_report() -> list[Path]:
     """Pictures of every suite that has results, and the tables in both README files; -> what was written."""
     matplotlib.use("Agg")
     plt.rcParams |= {"svg.hashsalt": "trust-region", "axes.spines.top": False, "axes.spines.right": False}
+    plot_departures()
     for suite in SUITES:
-        if read_index(suite):
+        if suite != "tuning" and read_index(suite):
             plot_curves(suite)
             plot_aggregate(suite)
     plot_speed()

@@ -94,12 +94,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names the run: the same script with the same command gives the same."""
-        return hashlib.sha256(f"{self.code} {self.command}".encode()).hexdigest()[:16]
+        """Names the run: the same script with the same command gives the same. In `tuning` the command is enough."""
+        code = "" if self.suite == "tuning" else self.code
+        return hashlib.sha256(f"{code} {self.command}".encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        return f"{self.entry.label}__{Path(self.entry.task).name}__s{self.seed}"
+        return f"{self.entry.label}__{Path(self.entry.task).name.replace(':', '-')}__s{self.seed}"
 
     @property
     def folder(self) -> Path:

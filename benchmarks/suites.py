@@ -25,7 +25,31 @@ SWIMMER = "--gamma 0.9999"  # its returns lie beyond the horizon of 0.99
 PPO_FLAGS = {"Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98"}  # see README.md
 TRPO_FLAGS = {"Swimmer-v5": SWIMMER}
 ATARI = "--eval-episodes 10"
+CHOOSING = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")  # four of the nine
+REVERTED = {  # PPO's departures from the paper that are flags, each reverted alone, and all at once
+    "num_envs": "--num-envs 1 --num-steps 2048",
+    "norm_obs": "--no-norm-obs",
+    "norm_reward": "--no-norm-reward --return-floor 0",
+    "learning_rate": "--learning-rate 3e-4",
+    "anneal_lr": "--no-anneal-lr",
+    "return_floor": "--return-floor 0",
+    "gae_lambda": "--gae-lambda 0.95",
+    "recompute_advantages": "--no-recompute-advantages",
+    "max_grad_norm": "--max-grad-norm inf",
+    "orthogonal_init": "--no-orthogonal-init",
+    "log_std_init": "--log-std-init 0",
+    "log_std_final": "--log-std-final None",
+    "all": "--paper",
+}
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
+
+
+
+def tuning(script: str, name: str, flags: str, tasks: tuple[str, ...] = CHOOSING) -> list[Entry]:
+    """A candidate for the default of a script: EnvPool with one thread, so that two cores train two runs."""
+    flags = f"{flags} --env-threads 1 --eval-episodes 20"
+    return [Entry(script, f"envpool:{task}", flags, name) for task in tasks]
+
 
 SUITES: dict[str, tuple[Entry, ...]] = {
     "smoke": (
@@ -42,6 +66,10 @@ SUITES: dict[str, tuple[Entry, ...]] = {
         ),
     ),
     "mujoco-peers": tuple(Entry(peer, task) for peer in ("sb3_ppo", "sb3_trpo") for task in FOUR),
+    "tuning": (  # see results/tuning/README.md
+        *tuning("ppo_continuous", "ppo", ""),
+        *(e for name, flags in REVERTED.items() for e in tuning("ppo_continuous", f"ppo-without-{name}", flags)),
+    ),
     "classic": tuple(
         Entry(
             "acer_discrete",

@@ -296,6 +296,8 @@ def test_every_result_has_its_curve_and_a_place_in_its_suite():
     for suite, entries in SUITES.items():
         rows = runner.read_index(suite) if suite != "smoke" else []
         assert len({(row["label"], row["task"], row["seed"]) for row in rows}) == len(rows)
+        if suite == "tuning":  # its curves are not kept
+            continue
         curves = {path.name for path in (runner.RESULTS / suite).glob("*__s*.csv")} if suite != "smoke" else set()
         assert curves == {f"{r['label']}__{Path(r['task']).name}__s{r['seed']}.csv" for r in rows}
         for row in rows:
@@ -369,6 +371,63 @@ def test_mean_and_interval_of_a_cell(report):
     assert report.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
     low, high = report.interval([float(x) for x in range(101)])  # its standard error is 2.90
     assert low == pytest.approx(50 - 1.96 * 2.9, abs=0.6) and high == pytest.approx(50 + 1.96 * 2.9, abs=0.6)
+
+
+@pytest.fixture
+def tuning(report, monkeypatch):
+    """Results of the default, 1 and 2 above its reference at seed 101 and 102, and of a candidate 0.5 below it."""
+    entries = (Entry("ppo_continuous", "envpool:A-v0", "--env-threads 1", "ppo"),)
+    entries += (Entry("ppo_continuous", "envpool:A-v0", "--lr 1 --env-threads 1", "ppo-without-rate"),)
+    monkeypatch.setattr(report, "SUITES", {"tuning": entries})
+    scores = {("ppo", 101): 1, ("ppo", 102): 2, ("ppo-without-rate", 101): 0.5, ("ppo-without-rate", 102): 1.5}
+    rows = [
+        {"script": "ppo_continuous", "label": label, "task": "envpool:A-v0", "seed": str(seed)}
+        | {"last100": str(10 + 10 * score - 3), "deterministic": str(10 + 10 * score + 3)}
+        for (label, seed), score in scores.items()
+    ]
+    monkeypatch.setattr(report, "read_index", lambda suite: rows)
+    return report
+
+
+def test_candidates_are_compared_with_the_default_on_the_same_tasks_and_seeds(tuning):
+    default, candidate = tuning.tuning_table().splitlines()[2:]
+    assert default == "| ppo | the default | 1.50 |  | 2 |"
+    assert candidate == "| ppo-without-rate | `--lr 1` | 1.00 | -0.50 [-0.50, -0.50] | 2 |"
+    tuning.read_index("tuning").pop(0)  # without the default's run of seed 101 only 102 counts
+    assert tuning.tuning_table().splitlines()[3].startswith("| ppo-without-rate | `--lr 1` | 1.50 | -0.50")
+
+
+def test_interval_of_a_difference_is_of_pairs(report):
+    import numpy as np
+
+    default = np.arange(40.0)
+    noise = np.tile([0.0, 2.0], 20)
+    value, low, high = report.difference(np.stack([default + noise, default], 1))
+    assert value == pytest.approx(1, abs=0.2) and 0.2 < low < value < high < 1.8  # ±11 if they were not paired
+
+
+def test_picture_of_the_departures(tuning, monkeypatch):
+    pictures = []
+    monkeypatch.setattr(tuning, "save", lambda figure, path: pictures.append(figure))
+    tuning.plot_departures()
+    (axis,) = pictures[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["rate"]
+    _, mark = axis.lines[:2]
+    assert mark.get_xdata()[0] == pytest.approx(0.5)  # what it buys
+
+
+def test_picture_of_speed_has_the_median_ratio_to_the_peer_of_the_same_repetition(report, monkeypatch, tmp_path):
+    (tmp_path / "speed").mkdir()
+    runs = (("sb3", 1, 100), ("default", 1, 300), ("EnvPool", 1, 500), ("sb3", 2, 200), ("default", 2, 900))
+    text = "".join(f"{name},{repetition},{speed}\n" for name, repetition, speed in runs)
+    path = tmp_path / "speed" / "ppo_continuous__Hopper-v5.csv"
+    path.write_text("contestant,repetition,steps_per_second\n" + text)
+    pictures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: pictures.append(figure))
+    report.plot_speed()
+    (axis,) = pictures[0].axes
+    assert [bar.get_width() for bar in axis.patches] == [(3 + 4.5) / 2, 5]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["this script", "this script with EnvPool"]
 
 
 def test_results_of_other_code_or_flags_are_named(report, monkeypatch):
