@@ -177,7 +177,7 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def candidates() -> dict[str, list[tuple[str, np.ndarray]]]:
-    """script -> (label, scores (pairs, 2)) of each candidate of the suite `tuning`, the default first.
+    """script -> (label, scores (pairs, 2)) of each candidate of the suite `tuning`, sorted by label: the default first.
 
     A row has the scores of the candidate and of the default for one task and seed. A run's score is the mean of its
     training and its deterministic score, normalized: random policy 0, published reference 1.
@@ -189,7 +189,7 @@ def candidates() -> dict[str, list[tuple[str, np.ndarray]]]:
         score = (float(row["last100"]) + float(row["deterministic"])) / 2
         runs[row["script"], row["label"]][task, row["seed"]] = (score - zero) / (one - zero)
     found = defaultdict(list)
-    for script, label in dict.fromkeys((e.script, e.label) for e in SUITES["tuning"]):
+    for script, label in sorted(runs):
         mine, default = runs[script, label], runs[script, algorithm(script).lower()]
         pairs = sorted(mine.keys() & default.keys())
         if pairs:
@@ -217,7 +217,8 @@ def difference(pairs: np.ndarray) -> tuple[float, float, float]:
 def tuning_table() -> str:
     """Markdown: the IQM of each candidate, and its difference from the default's on the same tasks and seeds."""
     lines = ["| candidate | flags | IQM | less the default's [95 % interval] | runs |", "|---|---|---|---|---|"]
-    flags = {e.label: e.flags.split("--env-threads")[0].strip() for e in SUITES["tuning"]}
+    pattern = re.compile(r" --seed \d+ (.*)--env-threads")
+    flags = {row["label"]: pattern.search(row["command"])[1].strip() for row in read_index("tuning")}
     for rows in candidates().values():
         for label, pairs in rows:
             value, low, high = difference(pairs)

@@ -376,13 +376,12 @@ def test_mean_and_interval_of_a_cell(report):
 @pytest.fixture
 def tuning(report, monkeypatch):
     """Results of the default, 1 and 2 above its reference at seed 101 and 102, and of a candidate 0.5 below it."""
-    entries = (Entry("ppo_continuous", "envpool:A-v0", "--env-threads 1", "ppo"),)
-    entries += (Entry("ppo_continuous", "envpool:A-v0", "--lr 1 --env-threads 1", "ppo-without-rate"),)
-    monkeypatch.setattr(report, "SUITES", {"tuning": entries})
+    flags = {"ppo": "", "ppo-without-rate": "--lr 1 "}
     scores = {("ppo", 101): 1, ("ppo", 102): 2, ("ppo-without-rate", 101): 0.5, ("ppo-without-rate", 102): 1.5}
     rows = [
         {"script": "ppo_continuous", "label": label, "task": "envpool:A-v0", "seed": str(seed)}
         | {"last100": str(10 + 10 * score - 3), "deterministic": str(10 + 10 * score + 3)}
+        | {"command": f"python ppo_continuous.py --env-id A --seed {seed} {flags[label]}--env-threads 1"}
         for (label, seed), score in scores.items()
     ]
     monkeypatch.setattr(report, "read_index", lambda suite: rows)
