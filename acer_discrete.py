@@ -59,8 +59,8 @@ nor correction).
 
 A resumed run restarts unfinished episodes, and its replay memory is empty unless --save-replay
 stored it. If no episode is unfinished at the checkpoint, and the memory is stored or not used, the
-resumed run equals the uninterrupted run bit for bit. The random states of ALE can't be saved, so a
-resumed run plays its games with new seeds.
+resumed run equals the uninterrupted run bit for bit (on the CPU). The random states of ALE can't be
+saved, so a resumed run plays its games with new seeds.
 """
 
 import copy
@@ -415,6 +415,8 @@ class ActorCritic(nn.Module):
         shape = self.obs_shape
         assert obs.shape[-len(shape) :] == shape, f"an observation has the shape {shape}"
         weight = self.q_head[0].weight
+        if not self.images:
+            obs = obs.to(weight.dtype)  # before the device: MPS has no float64
         return obs.to(weight.device).to(weight.dtype)
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -1336,6 +1338,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         checkpoint = str(log.run_dir / "checkpoint.pt")
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
+        leave_processes()
         log.end_training(state)
         stopped = stopped or bool(_signals)
         evaluation = {}
@@ -1364,6 +1367,7 @@ def follow(signals: Sequence[int]) -> None:
         for _ in iterations:
             if any(gather(bool(signals))):
                 break
+    leave_processes()
 
 
 def evaluate(
@@ -1812,9 +1816,11 @@ def check_args(args: Args) -> Args:
     require(args.num_envs % processes == 0, why)
     if processes > 1:
         require(not args.evaluate, "--evaluate: run it without torchrun")
-        require(
-            ":" not in args.device, f"--device {args.device}: torchrun gives each process a GPU"
-        )
+        why = f"--device {args.device}: torchrun gives each process a GPU"
+        require(":" not in args.device, why)
+        gpus = torch.cuda.device_count()
+        enough = args.torch_device.type != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
+        require(enough, f"{gpus} GPUs: lower --nproc-per-node to that, or add --device cpu")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1958,8 +1964,14 @@ def join_processes() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else backend
     dist.init_process_group(backend)
+
+
+def leave_processes() -> None:
+    """Undo join_processes. NCCL wants all processes to do it at the same time."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.destroy_process_group()
 
 
 def lost_process(error: RuntimeError) -> bool:
@@ -2003,8 +2015,6 @@ def main() -> int:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
-        if launched:
-            dist.destroy_process_group()
     except InputError as error:
         say(f"{name}: {error}", sys.stderr)
         return 2

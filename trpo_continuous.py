@@ -776,9 +776,8 @@ class PoolEnvs:
             import envpool
         except ImportError as error:
             raise InputError(f"--env-id {POOL}{task}: pip install envpool") from error
-        spec = gym.registry.get(task)
-        mujoco_task = spec is not None and "mujoco" in str(spec.entry_point) and spec.version == 5
-        if not mujoco_task or task not in envpool.list_all_envs():
+        is_mujoco = task in gym.registry and task.endswith("-v5")
+        if not is_mujoco or task not in envpool.list_all_envs():
             raise InputError(
                 f"--env-id {POOL}{task}: EnvPool is for MuJoCo tasks such as Hopper-v5"
             )
@@ -982,6 +981,13 @@ def gather(value: object) -> list:
     return values
 
 
+def gather_rollouts(own: Rollout, rng_states: list) -> tuple[Rollout, list]:
+    """Return the rollout and the random states of all N environments from each process's."""
+    rollouts, states = zip(*gather((own, rng_states)), strict=True)
+    columns = zip(*rollouts, strict=True)
+    return Rollout(*[torch.cat(column, 1) for column in columns]), sum(states, [])
+
+
 def env_options(args: Args) -> dict[str, int]:
     """Return the arguments of make_envs that are for training, not for evaluation."""
     has_affinity = hasattr(os, "sched_getaffinity")
@@ -1168,7 +1174,7 @@ def trpo(
         rngs[name] = torch.Generator().manual_seed(stream_seed(args.seed, name))
     env_seed = stream_seed(args.seed, "environments")
     saved_states = state.get("env_rng_states")
-    part = own_part(args.num_envs)
+    part = own_part(args.num_envs)  # all of them, without torchrun
     options = env_options(args)
     envs = make_envs(args.env_id, args.num_envs, env_seed, saved_states, part, **options)
     with closing(envs):
@@ -1195,10 +1201,8 @@ def trpo(
 
             shape = (args.num_steps, args.num_envs, policy.action_dim)
             noise = torch.randn(shape, generator=rngs["exploration"])
-            raw = collect(envs, policy, noise[:, part])
-            # Each process of torchrun steps a part of the environments, and gets all rollouts.
-            parts, rng_states = zip(*gather((raw, envs.rng_states)), strict=True)
-            raw = Rollout(*[torch.cat(column, 1) for column in zip(*parts, strict=True)])
+            own = collect(envs, policy, noise[:, part])
+            raw, rng_states = gather_rollouts(own, envs.rng_states)
             episodes.add(raw.rewards, raw.done)
             check_rollout(raw, iteration, args.norm_obs)
             before = [x.detach().clone() for x in policy(raw.obs)]
@@ -1226,7 +1230,7 @@ def trpo(
             state.update({name: module.state_dict() for name, module in modules.items()})
             state.update({name: generator.get_state() for name, generator in rngs.items()})
             state.update(step=step, episodes=list(episodes.last))
-            state.update(env_rng_states=sum(rng_states, []), spaces=envs.spaces)
+            state.update(env_rng_states=rng_states, spaces=envs.spaces)
             metrics |= episodes.means()
             yield metrics
 
@@ -1330,6 +1334,7 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         checkpoint = str(log.run_dir / "checkpoint.pt")
         if state["step"] > start:
             save_checkpoint(log.run_dir, args, state)
+        leave_processes()
         log.end_training(state)
         stopped = stopped or bool(_signals)
         evaluation = {}
@@ -1358,6 +1363,7 @@ def follow(signals: Sequence[int]) -> None:
         for _ in iterations:
             if any(gather(bool(signals))):
                 break
+    leave_processes()
 
 
 def evaluate(
@@ -1812,9 +1818,11 @@ def check_args(args: Args) -> Args:
     require(args.num_envs % processes == 0, why)
     if processes > 1:
         require(not args.evaluate, "--evaluate: run it without torchrun")
-        require(
-            ":" not in args.device, f"--device {args.device}: torchrun gives each process a GPU"
-        )
+        why = f"--device {args.device}: torchrun gives each process a GPU"
+        require(":" not in args.device, why)
+        gpus = torch.cuda.device_count()
+        enough = args.torch_device.type != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
+        require(enough, f"{gpus} GPUs: lower --nproc-per-node to that, or add --device cpu")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
@@ -1944,8 +1952,14 @@ def join_processes() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else backend
     dist.init_process_group(backend)
+
+
+def leave_processes() -> None:
+    """Undo join_processes. NCCL wants all processes to do it at the same time."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.destroy_process_group()
 
 
 def lost_process(error: RuntimeError) -> bool:
@@ -1989,8 +2003,6 @@ def main() -> int:
             evaluate_checkpoint(args, signals)
         else:
             train(args, signals)
-        if launched:
-            dist.destroy_process_group()
     except InputError as error:
         say(f"{name}: {error}", sys.stderr)
         return 2

@@ -25,6 +25,7 @@ DISCRETE = [ppo_atari, acer_discrete]
 EVERY_SCRIPT = CONTINUOUS + DISCRETE
 SMALL = {
     "env_id": "Pendulum-v1",
+    "device": "cpu",
     "num_envs": 2,
     "num_steps": 32,
     "num_minibatches": 4,

@@ -145,6 +145,16 @@ def test_environments_that_do_not_divide_are_one_error(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@each_script
+def test_more_processes_than_gpus_are_one_error(script, monkeypatch):
+    monkeypatch.setattr(script, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    args = make_args(script, device="cuda", total_timesteps=640)
+    with pytest.raises(script.InputError, match="^1 GPUs: lower --nproc-per-node"):
+        script.check_args(args)
+
+
 def test_a_replay_memory_in_parts_is_not_saved(tmp_path):
     changes = {"num_envs": 4, "save_replay": True, "total_timesteps": 640}
     args = make_args(acer_discrete, **changes, run_dir=str(tmp_path / "run"))
