@@ -12,7 +12,16 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.runner import ROOT, BenchmarkError, progress, read_index, run_jobs, select, state
+from benchmarks.runner import (
+    ROOT,
+    BenchmarkError,
+    progress,
+    read_index,
+    run_jobs,
+    score,
+    select,
+    state,
+)
 
 
 @dataclass
@@ -59,7 +68,7 @@ def main() -> int:
         except ModuleNotFoundError as error:
             raise BenchmarkError(f"{error.name} is missing: pip install -r benchmarks/requirements.txt") from error
         for path in write_report():
-            print(path)
+            print(path.relative_to(ROOT))
         return 0
     jobs = select(command.suite, command.seeds, command.only, command.tasks)
     if isinstance(command, Run):
@@ -72,7 +81,7 @@ def main() -> int:
     done = {row["key"] for row in read_index(command.suite)}
     states = {job: state(job, done) for job in jobs}
     for job, what in states.items():
-        detail = f"{progress(job):,} steps" if what == "half-done" else ""
+        detail = f"{progress(job):,} steps" if what == "half-done" else score(job) if what == "done" else ""
         if what == "failed":
             detail = " / ".join(job.error.read_text().splitlines()[-2:])
         print(f"{what:10} {job.name:60} {detail}".rstrip())

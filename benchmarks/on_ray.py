@@ -22,6 +22,8 @@ from benchmarks.runner import (
     code_hash,
     commit,
     record,
+    say_where,
+    score,
     stop_on_signals,
 )
 
@@ -91,11 +93,13 @@ def run_on_ray(jobs: list[Job], address: str) -> int:
                     job.curve.parent.mkdir(parents=True, exist_ok=True)
                     job.curve.write_text(curve)
                     append(job.suite, row)
-                    tqdm.write(f"done: {job.command}")
+                    tqdm.write(f"done: {job.command}\n  {score(job)}")
                 bar.update()
         for reference in running:
             ray.cancel(reference)
         if running:  # until the nodes have ended them
             ray.wait(list(running), num_returns=len(running), timeout=10)
     ray.shutdown()
+    if jobs:
+        say_where(jobs[0].suite)
     return 130 if stop.is_set() else 1 if failed else 0

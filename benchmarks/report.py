@@ -4,6 +4,7 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mode
 
@@ -13,12 +14,14 @@ import numpy as np
 from rliable import library as rly
 from rliable import metrics
 from scipy.stats import bootstrap, trim_mean
+from tqdm import tqdm
 
 from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
 from benchmarks.suites import SUITES
 
 RESAMPLES = 2000
-FRESH = 8  # defaults and flags by task were chosen on seeds below; TRPO's for Swimmer-v5 on 10 to 19 too
+PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
+PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 SPEED_NAMES = {"default": "this script", "16 x 128": "this script", "bf16": "in bfloat16"}
@@ -38,9 +41,9 @@ def algorithm(label: str) -> str:
     return next(name for name in ("TRPO", "PPO", "ACER") if name.lower() in label)
 
 
-def scores(suite: str, column: str = "last100", first_seed: int = 0) -> dict[str, dict[str, list[float]]]:
-    """label -> task -> score of each seed from `first_seed` on, in the order of the suite."""
-    rows = [r for r in read_index(suite) if int(r["seed"]) >= first_seed]
+def scores(suite: str, column: str = "last100") -> dict[str, dict[str, list[float]]]:
+    """label -> task -> score of each seed, in the order of the suite."""
+    rows = read_index(suite)
     order = dict.fromkeys((e.label, e.task) for e in SUITES[suite])
     found = defaultdict(dict)
     for label, task in order:
@@ -78,6 +81,23 @@ def score_table(suite: str) -> str:
         cells = [cell(x.get(label, {}).get(task)) for label in training for x in (training, evaluated)]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def versus_table(ours: str) -> str:
+    """Markdown: a row for each task of `mujoco`: a script, its peer, and the best published score."""
+    theirs, published = PEER_OF[ours], references()
+    columns = [
+        scores(suite, column).get(label, {})
+        for suite, label in (("mujoco", ours), ("mujoco-peers", theirs))
+        for column in ("last100", "deterministic")
+    ]
+    names = [f"{name}, {what}" for name in (f"`{ours}.py`", PEER_NAMES[theirs]) for what in ("training", "mean actions")]
+    lines = [f"| task | {' | '.join(names)} | published |", "|---" * 6 + "|"]
+    for task in columns[0]:
+        cells = [cell(column.get(task)) for column in columns]
+        value = published[task, algorithm(ours)]
+        lines.append(f"| {task} | {' | '.join(cells)} | {value:,.{0 if abs(value) >= 100 else 1}f} |")
+    return "\n".join(lines) if columns[0] else ""
 
 
 def runs_table(suite: str) -> str:
@@ -136,18 +156,34 @@ def steps_table(suite: str) -> str:
     return "\n".join(lines) if tasks else ""
 
 
-def normalized(suite: str, first_seed: int = 0) -> dict[str, np.ndarray]:
-    """label -> (seeds, tasks): random policy 0, published reference 1; of tasks with as many seeds as most, or more."""
+def normalized(suite: str, tasks: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """label -> (seeds, tasks): random policy 0, published reference 1; of tasks with as many seeds as most, or more.
+
+    `tasks` leaves out all others.
+    """
     published, result = references(), {}
-    for label, tasks in scores(suite, first_seed=first_seed).items():
-        kept = [t for t in tasks if (t, algorithm(label)) in published and (t, "random") in published]
+    for label, found in scores(suite).items():
+        kept = [t for t in found if (t, algorithm(label)) in published and (t, "random") in published]
+        kept = [t for t in kept if not tasks or t in tasks]
         if kept:
-            seeds = mode([len(tasks[t]) for t in kept])
-            kept = [t for t in kept if len(tasks[t]) >= seeds]
+            seeds = mode([len(found[t]) for t in kept])
+            kept = [t for t in kept if len(found[t]) >= seeds]
             zero, one = (np.array([published[t, a] for t in kept]) for a in ("random", algorithm(label)))
-            raw = np.array([tasks[t][:seeds] for t in kept]).T
+            raw = np.array([found[t][:seeds] for t in kept]).T
             result[label] = (raw - zero) / (one - zero)
     return result
+
+
+def with_peers(suite: str) -> dict[str, np.ndarray]:
+    """`normalized`; for `mujoco` also the peers, and the scripts on the peers' tasks alone."""
+    data = normalized(suite)
+    if suite == "mujoco" and (peers := normalized("mujoco-peers")):
+        tasks = tuple(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
+        mine = normalized(suite, tasks)
+        for ours, theirs in PEER_OF.items():
+            if ours in mine and theirs in peers:
+                data |= {f"{ours}, {len(tasks)} tasks": mine[ours], f"{PEER_NAMES[theirs]}, {len(tasks)} tasks": peers[theirs]}
+    return data
 
 
 def estimates(data: dict, function: Callable) -> tuple[dict, dict]:
@@ -157,9 +193,8 @@ def estimates(data: dict, function: Callable) -> tuple[dict, dict]:
 
 
 def aggregate_table(suite: str) -> str:
-    """Markdown: interquartile mean over all runs and over fresh seeds alone, 95 % stratified bootstrap intervals."""
-    data = normalized(suite)
-    data |= {f"{label}, seeds from {FRESH} on alone": x for label, x in normalized(suite, FRESH).items()}
+    """Markdown: interquartile mean over all runs, 95 % stratified bootstrap intervals."""
+    data = with_peers(suite)
     if not data:
         return ""
     lines = ["| | IQM [95 % interval] | tasks | seeds |", "|---|---|---|---|"]
@@ -251,7 +286,7 @@ def improvement_lines(ours: str, theirs: str) -> list[str]:
     """Probability that a run of a script scores higher than one of its peer on the same task."""
     a, b = scores(ours), scores(theirs)
     lines = []
-    for mine, other in (("ppo_continuous", "sb3_ppo"), ("trpo_continuous", "sb3_trpo")):
+    for mine, other in PEER_OF.items():
         tasks = [t for t in b.get(other, {}) if t in a.get(mine, {})]
         if tasks:
             sizes = [min(len(x[t]) for t in tasks) for x in (a[mine], b[other])]
@@ -264,18 +299,19 @@ def improvement_lines(ours: str, theirs: str) -> list[str]:
     return lines
 
 
-def stale_lines(suite: str) -> list[str]:
-    """Which results come from another version of a script, or of its flags, than those in the tree."""
-    old, entries = defaultdict(list), {(e.label, e.task): e for e in SUITES[suite]}
+def stale_line(suite: str) -> str:
+    """How many results come from another version of a script, or of its flags, than those in the tree."""
+    entries = {(e.label, e.task): e for e in SUITES[suite]}
     hashes = {script: code_hash(script_path(script)) for script in {e.script for e in SUITES[suite]}}
-    for row in read_index(suite):
+    old, runs = defaultdict(int), read_index(suite)
+    for row in runs:
         entry = entries[row["label"], row["task"]]
         if Job(suite, entry, int(row["seed"]), hashes[entry.script]).key != row["key"]:
-            old[row["label"], row["commit"]].append(row["task"])
-    return [
-        f"- older script or flags: {label} at commit {commit}, {len(tasks)} runs of {', '.join(dict.fromkeys(tasks))}"
-        for (label, commit), tasks in old.items()
-    ]
+            old[row["label"]] += 1
+    if not old:
+        return "All results are of the scripts as they are."
+    listed = ", ".join(f"{number} of {label}" for label, number in old.items())
+    return f"Of {len(runs)} runs {sum(old.values())} are of an older script or flags: {listed}."
 
 
 def curve(suite: str, label: str, task: str, seed: int) -> np.ndarray:
@@ -300,31 +336,40 @@ def save(figure, path: Path) -> None:
 
 
 def plot_curves(suite: str) -> None:
-    """Learning curves: mean over seeds, and the 95 % bootstrap interval as a band; the published reference dotted."""
-    rows, published = read_index(suite), references()
-    tasks = list(dict.fromkeys(e.task for e in SUITES[suite] if any(r["task"] == e.task for r in rows)))
-    labels = list(dict.fromkeys(e.label for e in SUITES[suite] if any(r["label"] == e.label for r in rows)))
+    """Learning curves: mean over seeds, and the 95 % bootstrap interval as a band; the published reference dotted.
+
+    Those of `mujoco` have the peers', too.
+    """
+    published = references()
+    suites = ("mujoco", "mujoco-peers") if suite == "mujoco" else (suite,)
+    runs = defaultdict(list)  # (suite, label, task) -> seeds
+    for name in suites:
+        for row in read_index(name):
+            runs[name, row["label"], row["task"]].append(int(row["seed"]))
+    tasks = [t for t in dict.fromkeys(e.task for e in SUITES[suite]) if any(t == task for _, _, task in runs)]
+    entries = dict.fromkeys((name, e.label) for name in suites for e in SUITES[name])
+    labels = [(name, label) for name, label in entries if any((name, label) == key[:2] for key in runs)]
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
     figure, axes = plt.subplots(
         height, columns, figsize=(3.4 * columns, 2.5 * height), squeeze=False, layout="constrained"
     )
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for i, label in enumerate(labels):
-            seeds = [r["seed"] for r in rows if (r["label"], r["task"]) == (label, task)]
-            curves = [curve(suite, label, task, int(seed))[:, :2] for seed in seeds]
+        for i, (name, label) in enumerate(labels):
+            curves = [curve(name, label, task, seed)[:, :2] for seed in runs.get((name, label, task), ())]
             curves = [c for c in curves if not np.isnan(c[:, 1]).all()]  # no episode ended
             if not curves:
                 continue
             start = max(c[~np.isnan(c[:, 1]), 0][0] for c in curves)
             grid = np.linspace(start, min(c[-1, 0] for c in curves), 100)
             values = np.array([np.interp(grid, *c[~np.isnan(c[:, 1])].T) for c in curves])
-            axis.plot(grid / 1e6, values.mean(0), label=label, linewidth=1.4, **style(i))
+            axis.plot(grid / 1e6, values.mean(0), label=PEER_NAMES.get(label, label), linewidth=1.4, **style(i))
             if len(values) > 1:
                 low, high = np.array([interval(list(v)) for v in values.T]).T
                 axis.fill_between(grid / 1e6, low, high, color=style(i)["color"], alpha=0.2, linewidth=0)
-            if (task, algorithm(label)) in published:
-                axis.axhline(published[task, algorithm(label)], color=style(i)["color"], linestyle=":", linewidth=0.9)
+            if label not in PEER_NAMES and (task, algorithm(label)) in published:
+                line = {"color": style(i)["color"], "linestyle": ":", "linewidth": 0.9}
+                axis.axhline(published[task, algorithm(label)], label=f"best published {algorithm(label)}", **line)
         axis.set_title(task, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
@@ -333,27 +378,29 @@ def plot_curves(suite: str) -> None:
     figure.supxlabel("environment steps, millions", fontsize=9)
     figure.supylabel("return, mean of 100 episodes", fontsize=9)
     lines = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines), fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(len(lines), 3), fontsize=8)
     save(figure, RESULTS / suite / "curves")
 
 
 def plot_aggregate(suite: str) -> None:
     """Left, interquartile means with intervals; right, performance profiles."""
-    data = normalized(suite)
+    data = with_peers(suite)
     if not data:
         return
     points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.3 * len(data) + 1.6))
     for i, label in enumerate(data):
         low, high = intervals[label][:, 0]
         left.plot([low, high], [i, i], color=style(i)["color"], linewidth=8, alpha=0.4, solid_capstyle="butt")
         left.plot(points[label], [i], "|", color=style(i)["color"], markersize=16, markeredgewidth=2)
     left.set_yticks(range(len(data)), list(data), fontsize=8)
     left.set_ylim(len(data) - 0.5, -0.5)
+    left.set_xlim(left=0)
     left.set_xlabel("interquartile mean of normalized scores\n(random policy 0, best published 1)", fontsize=8)
     levels = np.linspace(0, 1.6, 81)
     np.random.seed(0)
-    profiles, bands = rly.create_performance_profile(data, levels, reps=RESAMPLES)
+    whole = {label: x for label, x in data.items() if " tasks" not in label}
+    profiles, bands = rly.create_performance_profile(whole, levels, reps=RESAMPLES)
     for i, (label, profile) in enumerate(profiles.items()):
         right.plot(levels, profile, label=label, linewidth=1.4, **style(i))
         right.fill_between(levels, *bands[label], color=style(i)["color"], alpha=0.2, linewidth=0)
@@ -367,22 +414,49 @@ def plot_aggregate(suite: str) -> None:
     save(figure, RESULTS / suite / "aggregate")
 
 
+def speed_files() -> dict[tuple[str, str], list[dict[str, str]]]:
+    """(script, task) -> rows of results/speed, PPO first."""
+    folder = RESULTS / "speed"
+    files = {path.stem: path for path in folder.glob("*__*.csv")}
+    order = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
+    stems = sorted(files, key=lambda stem: (order.index(stem.split("__")[0]), "HalfCheetah" not in stem, stem))
+    return {tuple(stem.split("__")): list(csv.DictReader(files[stem].open())) for stem in stems}
+
+
+def speed_ratios(rows: list[dict[str, str]]) -> dict[str, list[float]]:
+    """contestant -> steps/s as a multiple of the peer's, the first contestant's, of each repetition."""
+    runs = defaultdict(dict)
+    for row in rows:
+        runs[row["contestant"]][row["repetition"]] = float(row["steps_per_second"])
+    peer = next((runs[name] for name in ("sb3", "sb3-contrib", "ppo_atari") if name in runs), {})
+    return {name: [speed / peer[i] for i, speed in found.items() if i in peer] for name, found in runs.items()}
+
+
+def speed_table() -> str:
+    """Markdown: medians over repetitions, and their ranges."""
+    lines = ["| script, task | contestant | steps/s (range) | times the peer (range) | start-up cold / warm, s | MB |"]
+    lines.append("|---" * 6 + "|")
+    for (script, task), rows in speed_files().items():
+        for name, ratios in speed_ratios(rows).items():
+            mine = [row for row in rows if row["contestant"] == name]
+            speeds = [float(row["steps_per_second"]) for row in mine]
+            cold, *warm = [float(row["start_up_seconds"]) for row in mine]
+            memory = max(int(row["peak_megabytes"]) for row in mine)
+            spread = f"{np.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
+            ratio = f"{np.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
+            start = f"{cold:.0f} / {np.median(warm):.0f}"
+            lines.append(f"| {script}, {task} | {name} | {spread} | {ratio} | {start} | {memory:,} |")
+    return "\n".join(lines)
+
+
 def plot_speed() -> None:
     """Bars of steps/s as a multiple of the peer's: median over repetitions, and their range. From results/speed."""
-    folder = RESULTS / "speed"
-    files = {path.stem: path for path in (*folder.glob("*.csv"), *folder.glob("parallel/*__*.csv"))}
     bars = []  # (script and task, contestant, ratio to the peer in each repetition)
-    order = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
-    for stem in sorted(files, key=lambda stem: (order.index(stem.split("__")[0]), "HalfCheetah" not in stem, stem)):
-        script, task = stem.split("__")
-        runs = defaultdict(dict)
-        for row in csv.DictReader(files[stem].open()):
-            runs[row["contestant"]][row["repetition"]] = float(row["steps_per_second"])
-        peer = next((runs.pop(name) for name in ("sb3", "sb3-contrib") if name in runs), None)
-        for name in ("default", "16 x 128", "bf16", "EnvPool", "peer + EnvPool") if peer else ():
-            if name in runs:
-                ratios = [speed / peer[repetition] for repetition, speed in runs[name].items() if repetition in peer]
-                bars.append((f"{script}, {task}", SPEED_NAMES[name], ratios))
+    for (script, task), rows in speed_files().items():
+        ratios = speed_ratios(rows)
+        for name in ("default", "16 x 128", "bf16", "EnvPool", "peer + EnvPool"):
+            if name in ratios:
+                bars.append((f"{script}, {task}", SPEED_NAMES[name], ratios[name]))
     if not bars:
         return
     figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(bars) + 1), layout="constrained")
@@ -423,7 +497,10 @@ def blocks() -> dict[str, str]:
                 made[f"{suite} steps"] = steps
             if trust := trust_table(suite):
                 made[f"{suite} trust region"] = trust
-            made[f"{suite} older"] = "\n".join(stale_lines(suite)) or "All results are of the scripts as they are."
+            made[f"{suite} older"] = stale_line(suite)
+    for ours in PEER_OF:
+        made[f"{ours} and its peer"] = versus_table(ours)
+    made["speed"] = speed_table()
     if lines := improvement_lines("mujoco", "mujoco-peers"):
         made["improvement"] = "\n".join(lines)
     return made
@@ -436,16 +513,16 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def write_report() -> list[Path]:
-    """Pictures of every suite that has results, and the tables in both README files; -> what was written."""
+    """Pictures of every suite that has results, and the tables in the README files; -> what was written."""
     matplotlib.use("Agg")
     plt.rcParams |= {"svg.hashsalt": "trust-region", "axes.spines.top": False, "axes.spines.right": False}
-    plot_departures()
+    pictures = [plot_departures, plot_speed]
     for suite in SUITES:
-        if suite != "tuning" and read_index(suite):
-            plot_curves(suite)
-            plot_aggregate(suite)
-    plot_speed()
+        if suite not in ("tuning", "mujoco-peers") and read_index(suite):
+            pictures += [partial(plot_curves, suite), partial(plot_aggregate, suite)]
+    for draw in tqdm(pictures, desc="pictures", disable=None):
+        draw()
     made = blocks()
     for path in READMES:
         path.write_text(fill(path.read_text(), made))
-    return sorted(RESULTS.glob("*/*.svg"))
+    return [*READMES, *sorted(RESULTS.glob("*/*.svg"))]

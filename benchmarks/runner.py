@@ -136,6 +136,13 @@ def read_index(suite: str) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
+def score(job: Job) -> str:
+    """The scores of a finished run, in words."""
+    row = next(row for row in read_index(job.suite) if row["key"] == job.key)
+    mean = f", {row['deterministic']} with mean actions" if row["deterministic"] else ""
+    return f"{row['last100'] or 'no episode'} in training{mean}"
+
+
 def state(job: Job, done: set[str]) -> str:
     """done, to record (finished, but not by this harness), failed, half-done or to do."""
     if job.key in done:
@@ -315,6 +322,12 @@ def train(job: Job, stop: threading.Event, running: dict[Job, subprocess.Popen],
     return f"{' / '.join(text[-4:])}\n  all of its output: {job.log.relative_to(ROOT)}"
 
 
+def say_where(suite: str) -> None:
+    """Say where results lie, if there are any."""
+    if read_index(suite):
+        print(f"results: {(RESULTS / suite).relative_to(ROOT)}/index.csv, tables: python -m benchmarks report")
+
+
 def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None) -> int:
     """Train what is not done of a suite, `workers` at a time or on the cluster `ray`; -> the exit code.
 
@@ -363,7 +376,7 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
                         failed += 1
                         tqdm.write(f"failed: {job.command}\n  {why}")
                     elif not stop.is_set():
-                        tqdm.write(f"done: {job.command}")
+                        tqdm.write(f"done: {job.command}\n  {score(job)}")
                     finished += budget(job)
                 bar.n = finished + sum(progress(job) for job in futures.values())
                 bar.set_postfix(running=len(running), left=len(futures), refresh=True)
@@ -371,4 +384,5 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
             stop.set()
             for process in list(running.values()):
                 process.send_signal(signal.SIGINT)
+    say_where(jobs[0].suite)
     return 130 if told else 1 if failed else 0

@@ -45,7 +45,7 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
         "1 x 2048": "--num-envs 1 --num-steps 2048",
         "not compiled": "--compile off",
         "EnvPool": "--env-id envpool:TASK",
-        "EnvPool, 1 thread": "--env-id envpool:TASK --env-threads 1",
+        "EnvPool (1 thread)": "--env-id envpool:TASK --env-threads 1",
         "2 processes": "",
     },
     "trpo_continuous": {  # critic minibatches of 128, 15 iterations of conjugate gradients

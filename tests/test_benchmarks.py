@@ -4,16 +4,14 @@ import csv
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from benchmarks import runner, speed
+from benchmarks import runner
 from benchmarks.runner import BenchmarkError, Job
 from benchmarks.suites import PPO_FLAGS, SUITES, TRPO_FLAGS, Entry
 
@@ -187,9 +185,14 @@ def test_a_run_that_was_killed_is_half_done_and_one_made_elsewhere_is_recorded(c
     subprocess.run([sys.executable, *command], cwd=copy)  # as a scheduler would, and again from where it was killed
     subprocess.run([sys.executable, command[0], "--resume", f"{command[-1]}/checkpoint.pt"], cwd=copy, check=True)
     assert "1 to record" in harness("status", *flags, folder=copy).stdout
-    assert harness("run", *flags, folder=copy).returncode == 0
+    output = harness("run", *flags, folder=copy).stdout
     (row,) = csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open())
-    assert row["last100"] == "299.00" and "1 done" in harness("status", *flags, folder=copy).stdout
+    assert row["last100"] == "299.00"
+    status = harness("status", *flags, folder=copy).stdout
+    assert "1 done" in status
+    for text in (output, status):
+        assert "299.00 in training" in text
+    assert "results: benchmarks/results/mujoco/index.csv" in output
 
 
 def test_a_script_that_changes_while_others_run_is_refused(copy):
@@ -357,13 +360,20 @@ def test_interquartile_mean_and_interval(report):
     assert report.aggregate_table("mine").splitlines() == table  # no chance in it
 
 
-def test_seeds_that_nothing_was_chosen_on_have_an_interquartile_mean_of_their_own(report, monkeypatch):
-    monkeypatch.setattr(report, "FRESH", 3)
-    row = report.aggregate_table("mine").splitlines()[3]
-    label, cell, tasks, seeds = (x.strip() for x in row.strip("|").split("|"))
-    mean = (1.5 + 2) / 2  # of the middle half of 0.5, 1.5, 2, 2
-    assert (label, tasks, seeds) == ("ppo_continuous, seeds from 3 on alone", "2", "2")
-    assert cell.startswith(f"{mean:.2f} [")
+def test_peers_stand_beside_the_scripts_on_their_tasks_alone(report, monkeypatch):
+    suites = {"mujoco": report.SUITES["mine"], "mujoco-peers": (Entry("sb3_ppo", "B-v0"),)}
+    monkeypatch.setattr(report, "SUITES", suites)
+    mine = report.read_index("mujoco")
+    peers = [row | {"label": "sb3_ppo", "last100": "-49", "deterministic": "-48"} for row in mine if row["task"] == "B-v0"]
+    monkeypatch.setattr(report, "read_index", {"mujoco": mine, "mujoco-peers": peers}.get)
+    data = report.with_peers("mujoco")
+    assert list(data) == ["ppo_continuous", "ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
+    assert data["ppo_continuous, 1 tasks"].tolist() == [[0], [1], [0.5], [2]]
+    assert data["Stable-Baselines3 PPO, 1 tasks"].ravel() == pytest.approx(0.1)
+    head, _, *rows = report.versus_table("ppo_continuous").splitlines()
+    assert head.split(" | ")[3] == "Stable-Baselines3 PPO, training"
+    assert rows[1].startswith("| B-v0 | -41.2 [") and "| -49.0 [-49.0, -49.0] (4) | -48.0" in rows[1]
+    assert rows[1].endswith("| -40.0 |") and rows[2].startswith("| C-v0 | 12.0 (1) |  |  |  |")
 
 
 def test_mean_and_interval_of_a_cell(report):
@@ -417,28 +427,30 @@ def test_picture_of_the_departures(tuning, monkeypatch):
 
 def test_picture_of_speed_has_the_median_ratio_to_the_peer_of_the_same_repetition(report, monkeypatch, tmp_path):
     (tmp_path / "speed").mkdir()
-    runs = (("sb3", 1, 100), ("default", 1, 300), ("EnvPool", 1, 500), ("sb3", 2, 200), ("default", 2, 900))
-    text = "".join(f"{name},{repetition},{speed}\n" for name, repetition, speed in runs)
+    runs = [("sb3", 1, 100), ("default", 1, 300), ("EnvPool", 1, 500)]
+    runs += [("sb3", 2, 200), ("default", 2, 900), ("EnvPool", 2, 1000)]
+    text = "".join(f"{name},{repetition},{speed},{9 - 3 * repetition},300\n" for name, repetition, speed in runs)
     path = tmp_path / "speed" / "ppo_continuous__Hopper-v5.csv"
-    path.write_text("contestant,repetition,steps_per_second\n" + text)
+    path.write_text("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n" + text)
     pictures = []
     monkeypatch.setattr(report, "save", lambda figure, path: pictures.append(figure))
     report.plot_speed()
     (axis,) = pictures[0].axes
     assert [bar.get_width() for bar in axis.patches] == [(3 + 4.5) / 2, 5]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["this script", "this script with EnvPool"]
+    row = "| ppo_continuous, Hopper-v5 | default | 600 (300-900) | 3.8 (3.0-4.5) | 6 / 3 | 300 |"
+    assert report.speed_table().splitlines()[3] == row
 
 
 def test_results_of_other_code_or_flags_are_named(report, monkeypatch):
-    (line,) = report.stale_lines("mine")
-    assert "ppo_continuous at commit abc, 9 runs of A-v0, B-v0, C-v0" in line
+    assert report.stale_line("mine") == "Of 9 runs 9 are of an older script or flags: 9 of ppo_continuous."
     rows = report.read_index("mine")
     for row in rows:
         code = runner.code_hash(ROOT / "ppo_continuous.py")
         row["key"] = Job("mine", Entry("ppo_continuous", row["task"]), int(row["seed"]), code).key
-    assert report.stale_lines("mine") == []
+    assert report.stale_line("mine") == "All results are of the scripts as they are."
     rows[0]["key"] = Job("mine", Entry("ppo_continuous", "A-v0", "--gamma 0.9"), 1, code).key
-    assert "1 runs of A-v0" in report.stale_lines("mine")[0]
+    assert "1 of ppo_continuous" in report.stale_line("mine")
 
 
 def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monkeypatch, tmp_path):
@@ -482,21 +494,3 @@ def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(report):
     assert report.worst_drop(points[:3], 0.0) == pytest.approx(0.8)
     below = np.array([(300_000, -4.0), (400_000, -22.0)])
     assert report.worst_drop(below, -40.0) == pytest.approx(0.5)  # half of the way back to a random policy
-
-
-def test_speed_tables_are_made_from_the_results():
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    files = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.csv"))
-    assert len(files) >= 2
-    for path in files:
-        script, task = path.stem.split("__")
-        runs = defaultdict(list)
-        for row in csv.DictReader(path.open()):
-            runs[row["contestant"]].append(float(row["steps_per_second"]))
-        peer = runs.pop(speed.PEERS[script])
-        assert len(peer) >= 3 and runs.keys() <= speed.CONTESTANTS[script].keys()
-        table = text[text.index(f"| {task} | steps/s (range) | times {speed.PEERS[script]} ") :]
-        for name, ours in runs.items():
-            ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True))
-            row = next(x for x in table.splitlines() if x.startswith(f"| {name} |"))
-            assert row.startswith(f"| {name} | {statistics.median(ours):.0f} (") and f" | {ratio:.1f} (" in row
