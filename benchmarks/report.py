@@ -20,6 +20,7 @@ from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_
 from benchmarks.suites import SUITES
 
 RESAMPLES = 2000
+PAPERS = {"PPO": "1707.06347", "TRPO": "1502.05477", "ACER": "1611.01224"}
 PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
 PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
@@ -483,6 +484,25 @@ def plot_speed() -> None:
     save(figure, RESULTS / "speed" / "speed")
 
 
+def front_table() -> str:
+    """Markdown: what a script is, how good and how fast it is beside its peer, and how long."""
+    data, speeds = with_peers("mujoco"), {key: speed_ratios(rows) for key, rows in speed_files().items()}
+    head = "| script | paper | score, 9 tasks | score on 4 tasks: script, peer | times the peer's steps/s | with EnvPool"
+    lines = [f"{head} | lines to read |", "|---" * 7 + "|"]
+    points, _ = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)])) if data else ({}, {})
+    for script in ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"):
+        task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
+        ratios = speeds.get((script, task), {})
+        pair = [points[name][0] for name in points if name.startswith((f"{script}, ", PEER_NAMES.get(PEER_OF.get(script), "-")))]
+        cells = [f"{points[script][0]:.2f}" if script in points else "", ", ".join(f"{x:.2f}" for x in pair)]
+        for names in (("default", "16 x 128"), ("EnvPool",)):
+            cells.append(next((f"{np.median(ratios[name]):.1f}" for name in names if name in ratios), ""))
+        upper = script_path(script).read_text().split("# The algorithm ends here")[0]
+        paper = f"[{algorithm(script)}](https://arxiv.org/abs/{PAPERS[algorithm(script)]})"
+        lines.append(f"| [`{script}.py`]({script}.py) | {paper} | {' | '.join(cells)} | {len(upper.splitlines()):,} |")
+    return "\n".join(lines)
+
+
 def blocks() -> dict[str, str]:
     """name -> Markdown between `<!-- report: name -->` and `<!-- end -->` in the README files."""
     made = {}
@@ -501,6 +521,7 @@ def blocks() -> dict[str, str]:
     for ours in PEER_OF:
         made[f"{ours} and its peer"] = versus_table(ours)
     made["speed"] = speed_table()
+    made["front"] = front_table()
     if lines := improvement_lines("mujoco", "mujoco-peers"):
         made["improvement"] = "\n".join(lines)
     return made
