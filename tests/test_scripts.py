@@ -416,6 +416,15 @@ def test_readme_commands_use_flags_that_exist():
         assert {re.sub("^no_", "", flag.replace("-", "_")) for flag in flags} <= fields
 
 
+def test_pdoc_makes_the_page_that_the_readme_names(tmp_path):
+    pytest.importorskip("pdoc")
+    command = re.search(r"pdoc --math (\w+\.py)", readme())
+    result = run([sys.executable, "-m", "pdoc", "--math", ROOT / command[1], "-o", tmp_path], ROOT)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "ppo_continuous.html").read_text(encoding="utf-8")
+    assert "PPO eq. 7: L^CLIP(θ) = Ê[min(r_t Â_t" in page
+
+
 def test_workflow_runs_the_test_command_of_the_readme():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert "python -m pytest -q" in workflow and "python -m pytest -q" in readme()
