@@ -50,6 +50,12 @@ each_discrete = pytest.mark.parametrize("script", DISCRETE, ids=lambda s: s.ALGO
 
 
 @pytest.fixture(autouse=True)
+def weights_and_noise_are_the_same_in_every_order_of_the_tests():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
 def the_process_is_left_as_it_was():
     """main() installs signal handlers, train() sets the number of threads."""
     handlers = {number: signal.getsignal(number) for number in EVERY_SIGNAL}
