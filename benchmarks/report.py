@@ -266,7 +266,8 @@ def tuning_table() -> str:
 
 def plot_departures() -> None:
     """What each departure of PPO from the paper buys: the IQM with all of them less the IQM without this one."""
-    rows = [(label, pairs) for label, pairs in candidates().get("ppo_continuous", []) if "-without-" in label]
+    rows = candidates().get("ppo_continuous", [])
+    rows = [(label, pairs) for label, pairs in rows if "-without-" in label and not label.endswith("-average")]
     if not rows:
         return
     figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
