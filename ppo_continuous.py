@@ -1799,7 +1799,8 @@ def check_args(args: Args) -> Args:
 
 def check_environment(args: Args, spaces: dict | None) -> None:
     """Raise InputError unless the environment works with this script and with a checkpoint."""
-    envs = make_envs(args.env_id, 1, args.seed, **env_options(args))
+    options = {} if args.evaluate else env_options(args)
+    envs = make_envs(args.env_id, 1, args.seed, **options)
     envs.close()
     fits = spaces is None or spaces == envs.spaces
     require(fits, f"--env-id {args.env_id} has other spaces than the environment of the checkpoint")

@@ -1005,3 +1005,13 @@ def test_bad_use_of_envpool_is_one_line(script, tmp_path, monkeypatch):
         with pytest.raises(script.InputError, match="pip install envpool"):
             script.train(make_args(script, env_id="envpool:Hopper-v5", run_dir=run_dir))
     assert not (tmp_path / "run").exists()
+
+
+@each_continuous
+def test_the_policy_of_a_pool_is_evaluated_without_it(script, command, tmp_path, monkeypatch):
+    pytest.importorskip("envpool")
+    flags = "--env-id envpool:Hopper-v5 --num-envs 4 --num-steps 8 --num-minibatches 2"
+    flags += f" --total-timesteps 64 --eval-episodes 0 --run-dir {tmp_path}/run"
+    assert command(script, flags) == 0
+    monkeypatch.setitem(sys.modules, "envpool", None)  # import raises ImportError
+    assert command(script, f"--evaluate {tmp_path}/run/checkpoint.pt --eval-episodes 1") == 0
