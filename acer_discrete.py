@@ -1196,9 +1196,8 @@ def acer(
                 rng.set_state(state[name])
             saved_replay = state.pop("replay", None)
             _, processes = rank_and_size()
-            if (
-                saved_replay is not None and processes == 1
-            ):  # it has the segments of all environments
+            # The saved memory has the segments of all environments, so it fits one process only.
+            if saved_replay is not None and processes == 1:
                 vars(replay).update(saved_replay)
         step = state.get("step", 0)
         episodes = Episodes(args.num_envs, state.get("episodes", ()))

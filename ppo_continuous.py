@@ -936,7 +936,7 @@ def gather(value: object) -> list:
 
 
 def gather_rollouts(own: Rollout, rng_states: list) -> tuple[Rollout, list]:
-    """Return the rollout and the random states of all N environments from each process's."""
+    """Join the rollouts and the random states of all processes, in the order of environments."""
     rollouts, states = zip(*gather((own, rng_states)), strict=True)
     columns = zip(*rollouts, strict=True)
     return Rollout(*[torch.cat(column, 1) for column in columns]), sum(states, [])

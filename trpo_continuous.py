@@ -455,7 +455,8 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # Not vector_to_parameters: its views are not aligned, so products would round otherwise
+        # vector_to_parameters would make views of theta. They are not aligned in memory, and their
+        # products round differently from those of a policy that was loaded from a checkpoint.
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
@@ -982,7 +983,7 @@ def gather(value: object) -> list:
 
 
 def gather_rollouts(own: Rollout, rng_states: list) -> tuple[Rollout, list]:
-    """Return the rollout and the random states of all N environments from each process's."""
+    """Join the rollouts and the random states of all processes, in the order of environments."""
     rollouts, states = zip(*gather((own, rng_states)), strict=True)
     columns = zip(*rollouts, strict=True)
     return Rollout(*[torch.cat(column, 1) for column in columns]), sum(states, [])
