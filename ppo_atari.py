@@ -1285,7 +1285,8 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
-    start from `Args(**load_checkpoint(path)["args"])`.
+    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun the process group is ended
+    after training.
     """
     rank, _ = rank_and_size()
     if rank > 0:
@@ -1935,16 +1936,15 @@ def drop_unread_output() -> None:
 
 def join_processes() -> None:
     """Connect to the other processes of torchrun, and use GPU LOCAL_RANK if there are GPUs."""
-    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else backend
-    dist.init_process_group(backend)
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
 
 
 def leave_processes() -> None:
     """Undo join_processes. NCCL wants all processes to do it at the same time."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and dist.is_initialized():
         dist.destroy_process_group()
 
 
