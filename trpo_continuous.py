@@ -1823,8 +1823,10 @@ def check_args(args: Args) -> Args:
         why = f"--device {args.device}: torchrun gives each process a GPU"
         require(":" not in args.device, why)
         gpus = torch.cuda.device_count()
-        enough = args.torch_device.type != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
-        require(enough, f"{gpus} GPUs: lower --nproc-per-node to that, or add --device cpu")
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        crowded = args.torch_device.type == "cuda" and 0 < gpus < local_processes
+        why = f"{local_processes} processes but {gpus} GPUs: lower --nproc-per-node to {gpus}, or"
+        require(not crowded, f"{why} add --device cpu")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"

@@ -151,7 +151,7 @@ def test_more_processes_than_gpus_are_one_error(script, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     args = make_args(script, device="cuda", total_timesteps=640)
-    with pytest.raises(script.InputError, match="^1 GPUs: lower --nproc-per-node"):
+    with pytest.raises(script.InputError, match="^2 processes but 1 GPUs: lower --nproc"):
         script.check_args(args)
 
 
