@@ -175,15 +175,22 @@ def normalized(suite: str, tasks: tuple[str, ...] = ()) -> dict[str, np.ndarray]
     return result
 
 
+def peer_tasks() -> tuple[str, ...]:
+    """The tasks that the peers run."""
+    return tuple(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
+
+
 def with_peers(suite: str) -> dict[str, np.ndarray]:
     """`normalized`; for `mujoco` also the peers, and the scripts on the peers' tasks alone."""
     data = normalized(suite)
-    if suite == "mujoco" and (peers := normalized("mujoco-peers")):
-        tasks = tuple(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
-        mine = normalized(suite, tasks)
-        for ours, theirs in PEER_OF.items():
-            if ours in mine and theirs in peers:
-                data |= {f"{ours}, {len(tasks)} tasks": mine[ours], f"{PEER_NAMES[theirs]}, {len(tasks)} tasks": peers[theirs]}
+    if suite != "mujoco":
+        return data
+    tasks, peers = peer_tasks(), normalized("mujoco-peers")
+    few = normalized(suite, tasks)
+    for ours, theirs in PEER_OF.items():
+        if ours in few and theirs in peers:
+            data[f"{ours}, {len(tasks)} tasks"] = few[ours]
+            data[f"{PEER_NAMES[theirs]}, {len(tasks)} tasks"] = peers[theirs]
     return data
 
 
@@ -487,20 +494,25 @@ def plot_speed() -> None:
 
 def front_table() -> str:
     """Markdown: what a script is, how good and how fast it is beside its peer, and how long."""
-    data, speeds = with_peers("mujoco"), {key: speed_ratios(rows) for key, rows in speed_files().items()}
     head = "| script | paper | score, 9 tasks | score on 4 tasks: script, peer | times the peer's steps/s | with EnvPool"
     lines = [f"{head} | lines to read |", "|---" * 7 + "|"]
-    points, _ = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)])) if data else ({}, {})
+    whole, few, peers = normalized("mujoco"), normalized("mujoco", peer_tasks()), normalized("mujoco-peers")
+    speeds = speed_files()
     for script in ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"):
+        score, pair = "", ""
+        if script in whole:
+            score = f"{iqm(whole[script].ravel()):.2f}"
+        if script in few and PEER_OF[script] in peers:
+            pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in (few[script], peers[PEER_OF[script]]))
         task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
-        ratios = speeds.get((script, task), {})
-        pair = [points[name][0] for name in points if name.startswith((f"{script}, ", PEER_NAMES.get(PEER_OF.get(script), "-")))]
-        cells = [f"{points[script][0]:.2f}" if script in points else "", ", ".join(f"{x:.2f}" for x in pair)]
-        for names in (("default", "16 x 128"), ("EnvPool",)):
-            cells.append(next((f"{np.median(ratios[name]):.1f}" for name in names if name in ratios), ""))
-        upper = script_path(script).read_text().split("# The algorithm ends here")[0]
-        paper = f"[{algorithm(script)}](https://arxiv.org/abs/{PAPERS[algorithm(script)]})"
-        lines.append(f"| [`{script}.py`]({script}.py) | {paper} | {' | '.join(cells)} | {len(upper.splitlines()):,} |")
+        ratios = speed_ratios(speeds.get((script, task), []))
+        medians = {name: f"{np.median(values):.1f}" for name, values in ratios.items()}
+        speed = medians.get("default", medians.get("16 x 128", ""))
+        upper, _ = script_path(script).read_text().split("# The algorithm ends here")
+        name = algorithm(script)
+        cells = [f"[`{script}.py`]({script}.py)", f"[{name}](https://arxiv.org/abs/{PAPERS[name]})"]
+        cells += [score, pair, speed, medians.get("EnvPool", ""), f"{len(upper.splitlines()):,}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
