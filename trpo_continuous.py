@@ -455,8 +455,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # vector_to_parameters would make views of theta. They are not aligned in memory, and their
-        # products round differently from those of a policy that was loaded from a checkpoint.
+        # A copy: unaligned views of theta would round differently from a loaded policy.
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
