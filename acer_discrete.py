@@ -589,7 +589,7 @@ def update(
 
     `train_step` is minibatch_step, compiled or not. Returns the metrics of the on-policy call and,
     with the prefix replay_, the means over those from replay, NaN if there were none. All are means
-    over the processes of torchrun.
+    over the processes of torchrun, explained_variance too.
     """
     calls = []
     num_replays = 0

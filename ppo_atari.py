@@ -575,7 +575,7 @@ def advantages(
     adv = gae(rollout.rewards, values, next_values, rollout.terminated, rollout.done, gamma, lam)
     returns = adv + values
     if args.norm_adv:
-        all_adv = torch.cat(gather(adv.cpu()), 1).to(adv.device)  # of all processes
+        all_adv = of_all_processes(adv)
         adv = (adv - all_adv.mean()) / (all_adv.std() + 1e-8)
     return adv, returns, values, logits
 
@@ -592,12 +592,13 @@ def update(
 ) -> dict[str, float]:
     """K epochs of minibatches over one prepared rollout (PPO Algorithm 1). Returns metrics.
 
-    `train_step` is minibatch_step, compiled or not. explained_variance is that before the update.
-    The others are means over minibatches. All are means over the processes of torchrun.
+    `train_step` is minibatch_step, compiled or not. explained_variance is that before the update,
+    over all processes of torchrun. The others are means over minibatches and processes.
     """
     adv, returns, values_old, logits_old = advantages(policy, rollout, gamma, args)
     logp_old = categorical_logp(logits_old, rollout.actions)
-    explained_variance = 1 - (returns - values_old).var() / returns.var()
+    unexplained = of_all_processes(returns - values_old).var()
+    explained_variance = 1 - unexplained / of_all_processes(returns).var()
 
     history = []
     # a float would compile a graph for each value
@@ -943,6 +944,11 @@ def gather(value: object) -> list:
     if size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def of_all_processes(x: Tensor) -> Tensor:
+    """Return x (T, N) of all processes side by side."""
+    return torch.cat(gather(x.cpu()), 1).to(x.device)
 
 
 def mean_of_processes(grads: Sequence[Tensor]) -> Tensor:
