@@ -1345,6 +1345,8 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
         say(f"{state['step']:,} steps in {log.seconds:.0f} s  {log.shown / 'checkpoint.pt'}")
         if args.video_dir and not stopped:
             film(load_policy(checkpoint), args, _signals)
+    if stopped and not _signals:  # the signal went to another process
+        raise KeyboardInterrupt
     deterministic = evaluation.get("deterministic")
     return {
         "steps": state["step"],
@@ -1361,10 +1363,14 @@ def follow(signals: Sequence[int]) -> None:
     torch.set_num_threads(args.torch_threads)
     iterations = GENERATOR(args, state, partial(compile_or_eager, args=args))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), closing(iterations):
+        stopped = False
         for _ in iterations:
-            if any(gather(bool(signals))):
+            stopped = any(gather(bool(signals)))
+            if stopped:
                 break
     leave_processes()
+    if stopped:
+        raise KeyboardInterrupt  # main returns an exit code for it
 
 
 def evaluate(
@@ -1601,9 +1607,9 @@ class Log:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
             self.open_files(args, step)
         except OSError as error:
-            name = "--resume" if args.resume else "--run-dir"
-            why = f"{first_line(error)}. Name a folder that can be written"
-            raise InputError(f"{name} {self.shown}: {why}") from error
+            flag, kind = ("--resume", "a") if args.resume else ("--run-dir", "a new")
+            why = f"{first_line(error)}. Name {kind} folder that can be written"
+            raise InputError(f"{flag} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         self.bar = None
         self.step = step

@@ -121,13 +121,12 @@ class Job:
     def curve(self) -> Path:
         return RESULTS / self.suite / f"{self.name}.csv"
 
-    @property
-    def argv(self) -> list[str]:
-        """The command with this Python: from the start, or from the checkpoint that an earlier one left."""
-        command, checkpoint = shlex.split(self.command), self.folder / "checkpoint.pt"
+    def argv(self, folder: Path) -> list[str]:
+        """The command with this Python: from the start, or from the checkpoint that an earlier one left in `folder`."""
+        command, checkpoint = shlex.split(self.command), folder / "checkpoint.pt"
         if checkpoint.exists():
             return [sys.executable, command[1], "--resume", str(checkpoint)]
-        return [sys.executable, *command[1:], "--run-dir", str(self.folder)]
+        return [sys.executable, *command[1:], "--run-dir", str(folder)]
 
 
 def read_index(suite: str) -> list[dict[str, str]]:
@@ -305,7 +304,7 @@ def train(job: Job, stop: threading.Event, running: dict[Job, subprocess.Popen],
         job.error.unlink(missing_ok=True)
         with job.log.open("w") as file:
             running[job] = subprocess.Popen(
-                job.argv, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                job.argv(job.folder), cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
                 pass_fds=[lock], start_new_session=True,  # a Ctrl-C reaches it through the loop of `run_jobs` alone
             )  # fmt: skip
             code = running[job].wait()
@@ -341,7 +340,7 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
     skipped = [job for job, what in states.items() if what == "failed" and not retry]
     print(f"{len(jobs)} runs: {len(jobs) - len(todo) - len(skipped)} done, {len(todo)} to do", end="")
     print(f", {len(skipped)} failed before (--retry tries them again)" if skipped else "")
-    if ray:
+    if ray is not None:
         if not find_spec("ray"):
             raise BenchmarkError("ray is missing: pip install -r benchmarks/requirements.txt")
         from benchmarks.on_ray import run_on_ray

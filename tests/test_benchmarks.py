@@ -4,8 +4,10 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -211,24 +213,26 @@ pathlib.Path(__file__).write_text(pathlib.Path(__file__).read_text() + "x = 1\\n
     assert len(list(csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open()))) == 1
 
 
-def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
-    import signal
-    import time
-
-    flags = ["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"]
-    text = (copy / "benchmarks/suites.py").read_text()
-    (copy / "benchmarks/suites.py").write_text(text.replace("--total-timesteps 20_480 ", "--total-timesteps 81_920 "))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *flags], cwd=copy, stdout=subprocess.PIPE, text=True
-    )
+def stop_half_done(flags, folder):
+    """Ctrl-C a command of the harness after a few iterations of its run; -> its exit code and output."""
+    command = [sys.executable, "-m", "benchmarks", *flags]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while (
-        not [p for p in copy.glob("runs/**/progress.csv") if p.read_text().count("\n") > 3] and time.time() < deadline
-    ):
+    while time.time() < deadline:
+        if any(path.read_text().count("\n") > 3 for path in folder.glob("runs/**/progress.csv")):
+            break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert "stopping" in output and "failed" not in output and process.returncode == 130
+    return process.returncode, output
+
+
+def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
+    flags = ["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"]
+    text = (copy / "benchmarks/suites.py").read_text()
+    (copy / "benchmarks/suites.py").write_text(text.replace("--total-timesteps 20_480 ", "--total-timesteps 81_920 "))
+    code, output = stop_half_done(flags, copy)
+    assert "stopping" in output and "failed" not in output and code == 130
     assert "1 half-done" in harness("status", *flags[1:], folder=copy).stdout
     done = harness(*flags, folder=copy)
     assert done.returncode == 0
@@ -249,12 +253,11 @@ def training() -> int:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     pytest.importorskip("ray")
-    import time
-
     from ray.cluster_utils import Cluster
 
     suites = copy / "benchmarks/suites.py"
-    suites.write_text(suites.read_text().replace("20_480 --eval-episodes 10", "8_192 --eval-episodes 2"))
+    suites.write_text(suites.read_text().replace("20_480 --eval-episodes 10", "20_480 --eval-episodes 2"))
+    stop_half_done(["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"], copy)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=1)
@@ -271,14 +274,34 @@ def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     assert process.returncode == 0, output
     rows = list(csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open()))
     assert sorted((row["script"], row["seed"], row["steps"]) for row in rows) == [
-        (script, seed, "8192") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
+        (script, seed, "20480") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
     ]
     assert output.count("done: python") == 4
     assert all(float(row["deterministic"]) > 0 for row in rows)
     assert len(list(copy.glob("runs/benchmarks/smoke/*/checkpoint.pt"))) == 4
+    assert len(list(copy.glob("runs/benchmarks/smoke/*/config-*.json"))) == 1  # the half-done run went on
     assert len(list(copy.glob("benchmarks/results/smoke/*__s*.csv"))) == 4
     status = harness("status", *flags, folder=copy)
     assert "4 done" in status.stdout
+
+
+@pytest.mark.parametrize(("address", "why"), [("", "write auto or HOST:PORT"), ("127.0.0.1:1", "refused")])
+def test_without_a_ray_cluster_one_line_says_how_to_start_one(address, why):
+    pytest.importorskip("ray")
+    from benchmarks.on_ray import run_on_ray
+
+    with pytest.raises(BenchmarkError, match=f"^--ray {address}: no cluster there .*{why}.*`ray start --head`"):
+        run_on_ray([], address)
+
+
+def test_a_run_that_was_killed_on_a_node_is_not_a_failed_one(monkeypatch):
+    pytest.importorskip("ray")
+    from benchmarks.on_ray import train
+
+    (job,) = runner.select("smoke", "1", ("acer_discrete",))
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(runner.Job, "argv", lambda job, folder: killed)
+    assert train(job, {}, "") == (-9, "exit code -9", {}, {}, "")
 
 
 def test_a_peer_leaves_the_same_files(tmp_path):

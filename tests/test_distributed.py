@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,18 +166,27 @@ def test_a_replay_memory_in_parts_is_not_saved(tmp_path):
     assert isinstance(first, acer_discrete.InputError) and "--save-replay" in str(first)
 
 
-def start_torchrun(script, folder, *flags):
-    """Start a long run of two processes, and wait for its second iteration."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script.__file__]
+def start_torchrun(script, folder, *flags, nodes=1):
+    """Start a long run of two processes, on one or two machines, and wait for its second iteration.
+
+    Returns torchrun's process, or a list of one for each machine.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // nodes)]
+    command += ["--nnodes", str(nodes), "--rdzv-id", "test"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", script.__file__]
     command += ["--total-timesteps", "1e7", "--run-dir", "run", "--compile", "off", *flags]
     options = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(command, **options, start_new_session=True)
+    launchers = []
+    for _ in range(nodes):
+        launchers.append(subprocess.Popen(command, **options, start_new_session=True))
     progress = folder / "run" / "progress.csv"
     while not (progress.exists() and len(progress.read_text().splitlines()) > 2):
-        assert launcher.poll() is None, launcher.stderr.read()
+        for launcher in launchers:
+            assert launcher.poll() is None, launcher.stderr.read()
         time.sleep(0.1)
-    return launcher
+    return launchers if nodes > 1 else launcher
 
 
 def worker(launcher, rank):
@@ -202,6 +212,19 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     end = "another process ended. The last checkpoint, if there is one, stays ("
     assert line.startswith(f"ppo_atari.py: {end}")
     assert ppo_atari.load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["step"] >= 256
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_signal_on_one_machine_ends_the_run_on_all(tmp_path, stopped):
+    flags = "--env-id CartPole-v1 --num-envs 4 --num-steps 32 --hidden-sizes 16"
+    launchers = start_torchrun(acer_discrete, tmp_path, *flags.split(), nodes=2)
+    launchers[stopped].send_signal(signal.SIGINT)
+    out = ""
+    for launcher in launchers:  # after an exit code of 0 torchrun would wait for the other one
+        out += launcher.communicate(timeout=60)[0]
+        assert launcher.returncode != 0
+    assert out.count("mean return of") == 1 and "evaluation" not in out
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @needs_proc

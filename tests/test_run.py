@@ -600,7 +600,10 @@ def test_a_folder_that_can_not_be_written_is_one_line(script, tmp_path):
     progress.unlink()
     progress.mkdir()
     args = make_args(script, total_timesteps=128, resume=result["checkpoint"])
-    with pytest.raises(script.InputError, match="Name a folder that can be written"):
+    with pytest.raises(script.InputError, match="--resume .*Name a folder that can be written"):
+        script.train(args)
+    args = make_args(script, total_timesteps=128, run_dir=result["run_dir"])
+    with pytest.raises(script.InputError, match="--run-dir .*Name a new folder that can be"):
         script.train(args)
 
 
