@@ -41,8 +41,17 @@ REVERTED = {  # PPO's departures from the paper that are flags, each reverted al
     "log_std_final": "--log-std-final None",
     "all": "--paper",
 }
+TRPO_CANDIDATES = {
+    "damping": "--cg-damping 0.1",
+    "batch-2048": "--num-steps 128 --num-minibatches 16",
+    "batch-2048-damping": "--num-steps 128 --num-minibatches 16 --cg-damping 0.1",
+    "lambda": "--gae-lambda 0.95",
+    "delta": "--max-kl 0.02",
+    "narrow-start": "--log-std-init -1",
+    "wide-start": "--log-std-init 0",
+    "critic": "--update-epochs 20",
+}
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
-
 
 
 def tuning(script: str, name: str, flags: str, tasks: tuple[str, ...] = CHOOSING) -> list[Entry]:
@@ -69,6 +78,8 @@ SUITES: dict[str, tuple[Entry, ...]] = {
     "tuning": (  # see results/tuning/README.md
         *tuning("ppo_continuous", "ppo", ""),
         *(e for name, flags in REVERTED.items() for e in tuning("ppo_continuous", f"ppo-without-{name}", flags)),
+        *tuning("trpo_continuous", "trpo", ""),
+        *(e for name, flags in TRPO_CANDIDATES.items() for e in tuning("trpo_continuous", f"trpo-{name}", flags)),
     ),
     "classic": tuple(
         Entry(
