@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
 from benchmarks.suites import SUITES
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 PAPERS = {"PPO": "1707.06347", "TRPO": "1502.05477", "ACER": "1611.01224"}
 PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
 PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}

@@ -230,14 +230,14 @@ def stop_half_done(flags, folder):
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
     flags = ["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"]
     text = (copy / "benchmarks/suites.py").read_text()
-    (copy / "benchmarks/suites.py").write_text(text.replace("--total-timesteps 20_480 ", "--total-timesteps 81_920 "))
+    (copy / "benchmarks/suites.py").write_text(text.replace("--total-timesteps 20_480 ", "--total-timesteps 49_152 "))
     code, output = stop_half_done(flags, copy)
     assert "stopping" in output and "failed" not in output and code == 130
     assert "1 half-done" in harness("status", *flags[1:], folder=copy).stdout
     done = harness(*flags, folder=copy)
     assert done.returncode == 0
     (row,) = csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open())
-    assert row["steps"] == "81920"
+    assert row["steps"] == "49152"
     assert len(list(copy.glob("runs/**/config-*.json"))) == 1  # it was resumed
 
 
@@ -256,7 +256,7 @@ def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     from ray.cluster_utils import Cluster
 
     suites = copy / "benchmarks/suites.py"
-    suites.write_text(suites.read_text().replace("20_480 --eval-episodes 10", "20_480 --eval-episodes 2"))
+    suites.write_text(suites.read_text().replace("20_480 --eval-episodes 10", "14_336 --eval-episodes 2"))
     stop_half_done(["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"], copy)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
@@ -274,7 +274,7 @@ def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     assert process.returncode == 0, output
     rows = list(csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open()))
     assert sorted((row["script"], row["seed"], row["steps"]) for row in rows) == [
-        (script, seed, "20480") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
+        (script, seed, "14336") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
     ]
     assert output.count("done: python") == 4
     assert all(float(row["deterministic"]) > 0 for row in rows)
