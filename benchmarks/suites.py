@@ -21,6 +21,7 @@ NINE = (
     *("Reacher-v5", "Swimmer-v5", "Walker2d-v5"),
 )
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
+CLASSIC = ("CartPole-v1", "Acrobot-v1")
 SWIMMER = "--gamma 0.9999"  # its returns lie beyond the horizon of 0.99
 PPO_FLAGS = {"Swimmer-v5": f"{SWIMMER} --gae-lambda 0.98"}  # see README.md
 TRPO_FLAGS = {"Swimmer-v5": SWIMMER}
@@ -81,15 +82,18 @@ SUITES: dict[str, tuple[Entry, ...]] = {
         *tuning("trpo_continuous", "trpo", ""),
         *(e for name, flags in TRPO_CANDIDATES.items() for e in tuning("trpo_continuous", f"trpo-{name}", flags)),
     ),
-    "classic": tuple(
-        Entry(
-            "acer_discrete",
-            task,
-            f"--total-timesteps 300_000 --replay-ratio {ratio} --eval-episodes 100",
-            f"acer_discrete-replay{ratio}",
-        )
-        for ratio in (0, 1, 4, 8)
-        for task in ("CartPole-v1", "Acrobot-v1")
+    "classic": (
+        *(
+            Entry(
+                "acer_discrete",
+                task,
+                f"--total-timesteps 300_000 --replay-ratio {ratio} --eval-episodes 100",
+                f"acer_discrete-replay{ratio}",
+            )
+            for ratio in (0, 1, 4, 8)
+            for task in CLASSIC
+        ),
+        *(Entry("ppo_atari", task, "--total-timesteps 300_000 --eval-episodes 100") for task in CLASSIC),
     ),
     "atari": (
         Entry("ppo_atari", "ALE/Breakout-v5", f"--total-timesteps 10_000_000 {ATARI}"),
