@@ -44,12 +44,11 @@ REVERTED = {  # PPO's departures from the paper that are flags, each reverted al
 }
 TRPO_CANDIDATES = {
     "damping": "--cg-damping 0.1",
-    "batch-2048": "--num-steps 128 --num-minibatches 16",
-    "batch-2048-damping": "--num-steps 128 --num-minibatches 16 --cg-damping 0.1",
+    "batch-2048": "--num-steps 128 --num-minibatches 16 --cg-damping 0.1",
     "lambda": "--gae-lambda 0.95",
-    "delta": "--max-kl 0.02",
-    "narrow-start": "--log-std-init -1",
-    "wide-start": "--log-std-init 0",
+    "narrow-start": "--gae-lambda 0.95 --log-std-init -1",
+    "wide-start": "--log-std-init 0 --cg-damping 0.1",
+    "gamma": "--gamma 0.995",
     "critic": "--update-epochs 20",
 }
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
