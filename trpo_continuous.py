@@ -1370,7 +1370,7 @@ def follow(signals: Sequence[int]) -> None:
                 break
     leave_processes()
     if stopped:
-        raise KeyboardInterrupt  # main returns an exit code for it
+        raise KeyboardInterrupt  # after an exit code of 0, torchrun waits for other machines
 
 
 def evaluate(
@@ -1607,9 +1607,10 @@ class Log:
             self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
             self.open_files(args, step)
         except OSError as error:
-            flag, kind = ("--resume", "a") if args.resume else ("--run-dir", "a new")
-            why = f"{first_line(error)}. Name {kind} folder that can be written"
-            raise InputError(f"{flag} {self.shown}: {why}") from error
+            name = "--resume" if args.resume else "--run-dir"
+            needed = "a folder" if args.resume else "a new folder"
+            why = f"{first_line(error)}. Name {needed} that can be written"
+            raise InputError(f"{name} {self.shown}: {why}") from error
         self.events = SummaryWriter(str(self.run_dir), purge_step=step + 1)
         self.bar = None
         self.step = step
@@ -1830,8 +1831,9 @@ def check_args(args: Args) -> Args:
         gpus = torch.cuda.device_count()
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         crowded = args.torch_device.type == "cuda" and 0 < gpus < local_processes
-        why = f"{local_processes} processes but {gpus} GPUs: lower --nproc-per-node to {gpus}, or"
-        require(not crowded, f"{why} add --device cpu")
+        why = f"{local_processes} processes but {gpus} GPUs"
+        hint = f"lower --nproc-per-node to {gpus}, or add --device cpu"
+        require(not crowded, f"{why}: {hint}")
     if args.resume:
         name = Path(args.resume).name
         why = f"--resume continues in the run folder: name its checkpoint.pt, not {name}"
