@@ -28,7 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SPEED_NAMES = {"default": "this script", "16 x 128": "this script", "bf16": "in bfloat16"}
 SPEED_NAMES |= {"EnvPool": "this script with EnvPool", "peer + EnvPool": "the peer with EnvPool"}
 STYLES = ("-", "--", "-.", ":")
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", RESULTS / "tuning" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+READMES += (RESULTS / "speed" / "README.md", RESULTS / "tuning" / "README.md")
 
 
 def references() -> dict[tuple[str, str], float]:
@@ -70,18 +71,6 @@ def cell(values: list[float] | None) -> str:
     low, high = interval(values)
     spread = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if len(values) > 1 else ""
     return f"{np.mean(values):,.{digits}f}{spread} ({len(values)})"
-
-
-def score_table(suite: str) -> str:
-    """Markdown: a row for each task, for each label the training score and the deterministic evaluation."""
-    training, evaluated = scores(suite), scores(suite, "deterministic")
-    tasks = [t for t in dict.fromkeys(e.task for e in SUITES[suite]) if any(t in x for x in training.values())]
-    head = ["task"] + [f"{label}, {what}" for label in training for what in ("training", "deterministic")]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for task in tasks:
-        cells = [cell(x.get(label, {}).get(task)) for label in training for x in (training, evaluated)]
-        lines.append(f"| {task} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def versus_table(ours: str) -> str:
@@ -523,7 +512,7 @@ def blocks() -> dict[str, str]:
         made["tuning"] = tuning_table()
     for suite in SUITES:
         if suite != "tuning" and read_index(suite):
-            made[suite], made[f"{suite} runs"] = score_table(suite), runs_table(suite)
+            made[f"{suite} runs"] = runs_table(suite)
             if aggregate := aggregate_table(suite):
                 made[f"{suite} aggregate"] = aggregate
             if steps := steps_table(suite):
