@@ -114,7 +114,7 @@ class RunArgs:
 
 @dataclass
 class EnvironmentArgs:
-    num_envs: int = 16  # N, number of environments, stepped one after another
+    num_envs: int = 4  # N, number of environments, stepped one after another
     # threads with which each process steps EnvPool, for ids such as envpool:HalfCheetah-v5
     # (default: one for each core)
     env_threads: int | None = None
@@ -126,16 +126,14 @@ class EnvironmentArgs:
 
 @dataclass
 class AlgorithmArgs:
-    num_steps: int = 128  # T, steps per environment and iteration
+    num_steps: int = 512  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
     num_minibatches: int = 32  # minibatches per epoch, each of M = N x T / num_minibatches samples
-    learning_rate: float = 2e-4  # α, step size of Adam, for both networks
+    learning_rate: float = 3e-4  # α, step size of Adam, for both networks
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    # multiply α by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
-    return_floor: float = 0.02
     gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
     gamma_final: float | None = None  # anneal γ linearly to this. None: γ is constant
-    gae_lambda: float = 0.9  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
+    gae_lambda: float = 0.95  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
     norm_adv: bool = False  # standardize the advantages over the whole batch
     recompute_advantages: bool = True  # recompute advantages and value targets before each epoch
     # clip: PPO eq. 7. kl-adaptive, kl-fixed: PPO eq. 8. none: PPO eq. 6
@@ -181,14 +179,11 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the las
 
 
 PAPER = {  # --paper: PPO section 6.1 and Table 3
-    "num_envs": 1,  # one long rollout instead of several short ones
+    "num_envs": 1,  # one rollout instead of several shorter ones
     "num_steps": 2048,
     "norm_obs": False,  # the paper does not mention normalization
     "norm_reward": False,
-    "learning_rate": 3e-4,
     "anneal_lr": False,
-    "return_floor": 0.0,
-    "gae_lambda": 0.95,
     "recompute_advantages": False,  # once per iteration
     "max_grad_norm": math.inf,  # the paper does not mention clipping
     "orthogonal_init": False,  # the paper names no initialization
@@ -558,15 +553,6 @@ def advantages(
     return adv, returns, values
 
 
-def floor_factor(returns: Tensor, return_floor: float) -> Tensor:
-    """Factor of α: min(1, std[V^targ] / return_floor)². Not in the paper.
-
-    A step of Adam has the same size for small gradients as for large ones. On a solved task the
-    value targets hardly differ, the advantages are errors of V, and full steps undo the learning.
-    """
-    return (returns.std() / return_floor).clamp(max=1.0).square()
-
-
 def update(
     policy: Policy,
     critic: Critic,
@@ -590,8 +576,6 @@ def update(
         log_std_old = log_std_old.clone().expand_as(mean_old)  # Adam changes a learned σ in place
     adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
-    if args.norm_reward and args.return_floor > 0:
-        adam.lr *= floor_factor(returns, args.return_floor)  # for this iteration only
 
     history = []
     # a float would compile a graph for each value
@@ -1221,12 +1205,12 @@ RANGES = (
         "must be positive",
     ),
     (
-        "seed eval_episodes return_floor kl_coef ent_coef",
+        "seed eval_episodes kl_coef ent_coef",
         lambda x: x >= 0,
         "must not be negative",
     ),
     (
-        "learning_rate return_floor clip_coef kl_target kl_coef ent_coef",
+        "learning_rate clip_coef kl_target kl_coef ent_coef",
         math.isfinite,
         "must be finite",
     ),
@@ -1855,9 +1839,8 @@ def check_algorithm_args(args: Args) -> None:
         why = f"--kl-target has no effect with {surrogate}: leave it at {Args.kl_target}"
         require(args.kl_target == Args.kl_target, why)
     else:
-        why = f"{surrogate} needs a constant step size: add --no-anneal-lr --return-floor 0"
-        floor = args.norm_reward and args.return_floor > 0
-        require(not args.anneal_lr and not floor, why)
+        why = f"{surrogate} needs a constant step size: add --no-anneal-lr"
+        require(not args.anneal_lr, why)
         require(args.kl_coef > 0, f"--kl-coef 0 stays 0 with {surrogate}: raise it")
 
 

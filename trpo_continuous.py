@@ -152,8 +152,6 @@ class AlgorithmArgs:
     num_minibatches: int = 8  # minibatches per epoch, each of M = N x T / num_minibatches samples
     learning_rate: float = 1e-3  # α, step size of Adam, for V
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
-    # multiply δ by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
-    return_floor: float = 0.0
     gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.97  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
     norm_adv: bool = True  # standardize the advantages over the whole batch
@@ -424,9 +422,7 @@ class Batch(NamedTuple):
     adv: Tensor  # (B,)
 
 
-def policy_step(
-    policy: Policy, batch: Batch, max_kl: float, rng: torch.Generator, args: Args
-) -> dict[str, float]:
+def policy_step(policy: Policy, batch: Batch, rng: torch.Generator, args: Args) -> dict[str, float]:
     """TRPO section 6: one step of the policy on the whole batch. Returns metrics."""
     params = list(policy.parameters())
     theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
@@ -451,7 +447,7 @@ def policy_step(
     if args.step == "natural":
         full_step = args.natural_step * x
     else:
-        full_step = max_kl_step(x, fisher(x), max_kl)
+        full_step = max_kl_step(x, fisher(x), args.max_kl)
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,13 +462,12 @@ def policy_step(
     if args.step == "trpo":
         steps = args.line_search_steps
         decay = args.line_search_decay
-        theta, accepted = line_search(try_step, theta_old, full_step, max_kl, steps, decay)
+        theta, accepted = line_search(try_step, theta_old, full_step, args.max_kl, steps, decay)
     gain, kl = try_step(theta)  # leaves the policy at θ
     return {
         "policy_loss": -(surrogate_old + gain).item(),
         "surrogate_gain": gain.item(),
         "approx_kl": kl.item(),  # exact
-        "max_kl": math.nan if args.step == "natural" else max_kl,
         "rejected": float(not accepted),
         "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
         "policy_grad_norm": g.norm().item(),
@@ -614,15 +609,6 @@ def advantages(
     return adv, returns, values
 
 
-def floor_factor(returns: Tensor, return_floor: float) -> Tensor:
-    """Factor of δ: min(1, std[V^targ] / return_floor)². Not in the paper.
-
-    A step uses all of δ, even if there is little to gain. On a solved task the value targets hardly
-    differ, the advantages are errors of V, and full steps undo the learning.
-    """
-    return (returns.std() / return_floor).clamp(max=1.0).square()
-
-
 def update(
     policy: Policy,
     critic: Critic,
@@ -645,9 +631,6 @@ def update(
         log_std_old = log_std_old.clone().expand_as(mean_old)
     adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
-    max_kl = args.max_kl
-    if args.norm_reward and args.return_floor > 0:
-        max_kl *= floor_factor(returns, args.return_floor).item()
 
     batch = Batch(  # (T, N, …), flattened below
         inputs=rollout.obs,
@@ -658,7 +641,7 @@ def update(
         adv=adv,
     )
     batch = Batch(*[x.flatten(0, 1) for x in batch])  # (B, …)
-    metrics = policy_step(policy, batch, max_kl, rng, args)
+    metrics = policy_step(policy, batch, rng, args)
 
     losses = []
     for _ in range(args.update_epochs):
@@ -1262,12 +1245,12 @@ RANGES = (
         "must be positive",
     ),
     (
-        "seed eval_episodes return_floor cg_damping",
+        "seed eval_episodes cg_damping",
         lambda x: x >= 0,
         "must not be negative",
     ),
     (
-        "learning_rate return_floor max_kl natural_step cg_damping",
+        "learning_rate max_kl natural_step cg_damping",
         math.isfinite,
         "must be finite",
     ),
@@ -1886,12 +1869,10 @@ def check_algorithm_args(args: Args) -> None:
     require(divides, f"--num-minibatches must divide {size}")
     used = args.env_threads is None or args.env_id.startswith(POOL)
     require(used, f"--env-threads has no effect without EnvPool, such as --env-id {POOL}Hopper-v5")
-    used = args.norm_reward or args.return_floor == 0
-    require(used, "--return-floor has no effect without --norm-reward")
     unused = {
         "trpo": ("natural_step",),
         "truncated": ("natural_step", "line_search_steps", "line_search_decay"),
-        "natural": ("max_kl", "return_floor", "line_search_steps", "line_search_decay"),
+        "natural": ("max_kl", "line_search_steps", "line_search_decay"),
     }
     for name in unused[args.step]:
         default = getattr(Args, name)

@@ -104,7 +104,7 @@ def test_same_seed_same_games(script, tmp_path):
 CHEETAH = {"env_id": "HalfCheetah-v5", "num_steps": 1000, "num_minibatches": 10}
 CHAIN = {"env_id": "EndlessChain-v0", "num_steps": 30}
 CATCH = {"env_id": "Catch-v0", "num_steps": 6, "hidden_sizes": (16,)}
-ADAPTIVE = {"surrogate": "kl-adaptive", "anneal_lr": False, "return_floor": 0.0}
+ADAPTIVE = {"surrogate": "kl-adaptive", "anneal_lr": False}
 RESUMED = [
     (ppo, CHEETAH),
     (ppo, CHEETAH | ADAPTIVE),
@@ -175,7 +175,7 @@ CHOICES = [
     (ppo, {"recompute_advantages": False, "norm_obs": False, "norm_reward": False}),
     (trpo_continuous, {"step": "truncated", "fisher_subsample": 0.2}),
     (trpo_continuous, {"step": "natural", "norm_adv": False, "anneal_lr": False}),
-    (trpo_continuous, {"return_floor": 0.5, "norm_obs": False}),
+    (trpo_continuous, {"norm_obs": False}),
     (ppo_atari, CATCH | {"bf16": True, "clip_vloss": True}),
     (ppo_atari, CATCH | {"norm_obs": False, "anneal_clip": True}),
     (ppo_atari, {"gamma_final": 0.9, "norm_obs": False, "norm_reward": False}),
@@ -934,7 +934,6 @@ MISTAKES_OF_CONTINUOUS = [
     ("--env-id CartPole-v1", "ppo_atari.py and acer_discrete.py take discrete actions"),
     ("--num-minibatches 3", "--num-minibatches must divide"),
     ("--gae-lambda -0.1", "--gae-lambda -0.1 must lie in [0, 1]"),
-    ("--return-floor -1", "--return-floor -1.0 must not be negative"),
     ("--log-std-init nan", "--log-std-init nan must lie in [-20, 5]"),
     ("--resume {checkpoint} --log-std-init 0", "--log-std-init"),
 ]
@@ -947,7 +946,7 @@ MISTAKES_OF_DISCRETE = [
     ("--repeat-action-probability 0.25", "--repeat-action-probability is for games of ALE"),
 ]
 ADAPT = "--surrogate kl-adaptive"
-STEADY = f"{ADAPT} --no-anneal-lr --return-floor 0"
+STEADY = f"{ADAPT} --no-anneal-lr"
 MISTAKES = {
     ppo: [
         ("--log-std-final 100", "--log-std-final 100.0 must lie in [-20, 5]"),
@@ -957,7 +956,7 @@ MISTAKES = {
         ("--clip-coef -0.2", "--clip-coef -0.2 must be positive"),
         ("--kl-coef inf", "--kl-coef inf must be finite"),
         ("--ent-coef 0.1", "--ent-coef has no effect on an annealed σ"),
-        (ADAPT, "add --no-anneal-lr --return-floor 0"),
+        (ADAPT, "add --no-anneal-lr"),
         (f"{STEADY} --kl-coef 0", "--kl-coef 0 stays 0"),
         ("--kl-coef 2", "--kl-coef has no effect with --surrogate clip"),
         ("--surrogate kl-fixed --kl-target 2", "--kl-target has no effect"),
@@ -975,7 +974,6 @@ MISTAKES = {
         ("--step truncated --line-search-steps 5", "--line-search-steps has no effect"),
         ("--step truncated --line-search-decay 0.5", "--line-search-decay has no effect"),
         ("--step natural --max-kl 0.02", "--max-kl has no effect with --step natural"),
-        ("--step natural --return-floor 0.5", "--return-floor has no effect"),
         ("--step natural --line-search-steps 5", "--line-search-steps has no effect"),
         ("--step natural --line-search-decay 0.5", "--line-search-decay has no effect"),
     ],
