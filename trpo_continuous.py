@@ -124,7 +124,7 @@ class RunArgs:
 
 @dataclass
 class EnvironmentArgs:
-    num_envs: int = 16  # N, number of environments, stepped one after another
+    num_envs: int = 4  # N, number of environments, stepped one after another
     # threads with which each process steps EnvPool, for ids such as envpool:HalfCheetah-v5
     # (default: one for each core)
     env_threads: int | None = None
@@ -136,7 +136,7 @@ class EnvironmentArgs:
 
 @dataclass
 class AlgorithmArgs:
-    num_steps: int = 64  # T, steps per environment and iteration
+    num_steps: int = 256  # T, steps per environment and iteration
     # trpo: step to the boundary, then line search. truncated: step to the boundary without line
     # search (truncated natural gradient). natural: θ ← θ + α x (Kakade eqs. 2-4)
     step: Literal["trpo", "truncated", "natural"] = "trpo"
@@ -152,6 +152,8 @@ class AlgorithmArgs:
     num_minibatches: int = 8  # minibatches per epoch, each of M = N x T / num_minibatches samples
     learning_rate: float = 1e-3  # α, step size of Adam, for V
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
+    # multiply δ by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
+    return_floor: float = 0.1
     gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
     gae_lambda: float = 0.97  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
     norm_adv: bool = True  # standardize the advantages over the whole batch
@@ -192,6 +194,7 @@ PAPER = {  # --paper: TRPO section 8.1 and appendix E
     "num_steps": 1000,
     "norm_obs": False,  # the paper does not mention normalization
     "norm_reward": False,
+    "return_floor": 0.0,
     "cg_damping": 0.0,
     "fisher_subsample": 0.1,  # appendix C
     "num_minibatches": 400,  # 125 samples each, about the default's. The paper has no V
@@ -422,7 +425,9 @@ class Batch(NamedTuple):
     adv: Tensor  # (B,)
 
 
-def policy_step(policy: Policy, batch: Batch, rng: torch.Generator, args: Args) -> dict[str, float]:
+def policy_step(
+    policy: Policy, batch: Batch, max_kl: float, rng: torch.Generator, args: Args
+) -> dict[str, float]:
     """TRPO section 6: one step of the policy on the whole batch. Returns metrics."""
     params = list(policy.parameters())
     theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
@@ -447,7 +452,7 @@ def policy_step(policy: Policy, batch: Batch, rng: torch.Generator, args: Args) 
     if args.step == "natural":
         full_step = args.natural_step * x
     else:
-        full_step = max_kl_step(x, fisher(x), args.max_kl)
+        full_step = max_kl_step(x, fisher(x), max_kl)
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,12 +467,13 @@ def policy_step(policy: Policy, batch: Batch, rng: torch.Generator, args: Args) 
     if args.step == "trpo":
         steps = args.line_search_steps
         decay = args.line_search_decay
-        theta, accepted = line_search(try_step, theta_old, full_step, args.max_kl, steps, decay)
+        theta, accepted = line_search(try_step, theta_old, full_step, max_kl, steps, decay)
     gain, kl = try_step(theta)  # leaves the policy at θ
     return {
         "policy_loss": -(surrogate_old + gain).item(),
         "surrogate_gain": gain.item(),
         "approx_kl": kl.item(),  # exact
+        "max_kl": math.nan if args.step == "natural" else max_kl,
         "rejected": float(not accepted),
         "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
         "policy_grad_norm": g.norm().item(),
@@ -609,6 +615,15 @@ def advantages(
     return adv, returns, values
 
 
+def floor_factor(returns: Tensor, return_floor: float) -> Tensor:
+    """Factor of δ: min(1, std[V^targ] / return_floor)². Not in the paper.
+
+    A step uses all of δ, even if there is little to gain. On a solved task the value targets hardly
+    differ, the advantages are errors of V, and full steps undo the learning.
+    """
+    return (returns.std() / return_floor).clamp(max=1.0).square()
+
+
 def update(
     policy: Policy,
     critic: Critic,
@@ -631,6 +646,9 @@ def update(
         log_std_old = log_std_old.clone().expand_as(mean_old)
     adv, returns, values_old = advantages(critic, rollout, gamma, args)
     explained_variance = 1 - (returns - values_old).var() / returns.var()
+    max_kl = args.max_kl
+    if args.norm_reward and args.return_floor > 0:
+        max_kl *= floor_factor(returns, args.return_floor).item()
 
     batch = Batch(  # (T, N, …), flattened below
         inputs=rollout.obs,
@@ -641,7 +659,7 @@ def update(
         adv=adv,
     )
     batch = Batch(*[x.flatten(0, 1) for x in batch])  # (B, …)
-    metrics = policy_step(policy, batch, rng, args)
+    metrics = policy_step(policy, batch, max_kl, rng, args)
 
     losses = []
     for _ in range(args.update_epochs):
@@ -1245,12 +1263,12 @@ RANGES = (
         "must be positive",
     ),
     (
-        "seed eval_episodes cg_damping",
+        "seed eval_episodes return_floor cg_damping",
         lambda x: x >= 0,
         "must not be negative",
     ),
     (
-        "learning_rate max_kl natural_step cg_damping",
+        "learning_rate return_floor max_kl natural_step cg_damping",
         math.isfinite,
         "must be finite",
     ),
@@ -1872,12 +1890,12 @@ def check_algorithm_args(args: Args) -> None:
     unused = {
         "trpo": ("natural_step",),
         "truncated": ("natural_step", "line_search_steps", "line_search_decay"),
-        "natural": ("max_kl", "line_search_steps", "line_search_decay"),
+        "natural": ("max_kl", "return_floor", "line_search_steps", "line_search_decay"),
     }
     for name in unused[args.step]:
         default = getattr(Args, name)
         why = f"{flag(name)} has no effect with --step {args.step}: leave it at {default}"
-        require(getattr(args, name) == default, why)
+        require(getattr(args, name) in (default, PAPER.get(name)), why)
 
 
 def check_fixed(args: Args, saved: dict, names: Sequence[str]) -> None:

@@ -38,8 +38,9 @@ REVERTED = {  # PPO's departures from the paper that are flags, each reverted al
     "all": "--paper",
 }
 TRPO_CANDIDATES = {
-    "long-rollouts": "--num-envs 4 --num-steps 256",
-    "long-simple": "--num-envs 4 --num-steps 256 --gae-lambda 0.95 --cg-damping 0.1",
+    "return_floor": "--return-floor 0",
+    "short-rollouts": "--num-envs 16 --num-steps 64",
+    "simple": "--gae-lambda 0.95 --cg-damping 0.1",
 }
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
 

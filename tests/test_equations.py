@@ -190,6 +190,13 @@ def test_categorical_equations_are_finite_for_logits_of_any_size(script):
     assert script.categorical_logp(logits, torch.tensor([2])).item() == -2e4
 
 
+@each_with("floor_factor")
+@pytest.mark.parametrize("floor, factor", [(0.5, 1.0), (1.0, 1.0), (2.0, 0.25), (10.0, 0.01)])
+def test_floor_factor_is_the_squared_ratio_of_stds_up_to_one(script, floor, factor):
+    returns = torch.tensor([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]]) * math.sqrt(5 / 4)  # std 1
+    assert script.floor_factor(returns, floor).item() == pytest.approx(factor)
+
+
 @each_with("rolling_discounted_sums")
 def test_engstrom_item2_rolling_discounted_sums_over_two_rollouts(script):
     rewards, (done, _) = torch.randn(20, 3, dtype=torch.float64), random_ends(20, 3)

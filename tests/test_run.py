@@ -175,7 +175,7 @@ CHOICES = [
     (ppo, {"recompute_advantages": False, "norm_obs": False, "norm_reward": False}),
     (trpo_continuous, {"step": "truncated", "fisher_subsample": 0.2}),
     (trpo_continuous, {"step": "natural", "norm_adv": False, "anneal_lr": False}),
-    (trpo_continuous, {"norm_obs": False}),
+    (trpo_continuous, {"return_floor": 0.5, "norm_obs": False}),
     (ppo_atari, CATCH | {"bf16": True, "clip_vloss": True}),
     (ppo_atari, CATCH | {"norm_obs": False, "anneal_clip": True}),
     (ppo_atari, {"gamma_final": 0.9, "norm_obs": False, "norm_reward": False}),
@@ -963,6 +963,7 @@ MISTAKES = {
     ],
     trpo_continuous: [
         ("--max-kl 0", "--max-kl 0.0 must be positive"),
+        ("--return-floor -1", "--return-floor -1.0 must not be negative"),
         ("--cg-iterations 0", "--cg-iterations 0 must be positive"),
         ("--cg-damping -1", "--cg-damping -1.0 must not be negative"),
         ("--fisher-subsample 0", "--fisher-subsample 0.0 must be positive"),
@@ -974,6 +975,7 @@ MISTAKES = {
         ("--step truncated --line-search-steps 5", "--line-search-steps has no effect"),
         ("--step truncated --line-search-decay 0.5", "--line-search-decay has no effect"),
         ("--step natural --max-kl 0.02", "--max-kl has no effect with --step natural"),
+        ("--step natural --return-floor 0.5", "--return-floor has no effect"),
         ("--step natural --line-search-steps 5", "--line-search-steps has no effect"),
         ("--step natural --line-search-decay 0.5", "--line-search-decay has no effect"),
     ],
@@ -1122,6 +1124,13 @@ def test_paper_takes_the_settings_of_the_paper_and_flags_override_them(script, t
     saved = script.load_checkpoint(path)["args"]
     assert saved["total_timesteps"] == 192
     assert {name: saved[name] for name in taken} == taken
+
+
+@pytest.mark.parametrize("step", ["truncated", "natural"])
+def test_paper_goes_with_each_step_of_trpo(tmp_path, command, step):
+    flags = small_flags(trpo_continuous, total_timesteps=128, num_steps=16, cg_damping=0.1)
+    run_dir = tmp_path / "run"
+    assert command(trpo_continuous, f"--paper --step {step}", flags, "--run-dir", run_dir) == 0
 
 
 @each_script

@@ -364,7 +364,7 @@ def trpo_batch(policy, size=200, seed=0):
 
 def policy_step(policy, batch, args, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    return trpo.policy_step(policy, batch, rng, args)
+    return trpo.policy_step(policy, batch, args.max_kl, rng, args)
 
 
 def old_and_new(policy, batch):
@@ -390,6 +390,7 @@ def test_policy_step_improves_within_the_trust_region(seed):
     assert metrics["approx_kl"] == pytest.approx(kl)
     assert metrics["surrogate_gain"] == pytest.approx(gain)
     assert metrics["policy_loss"] == pytest.approx(-(ratio * batch.adv).mean().item())
+    assert metrics["max_kl"] == 0.01
     assert kl > 0.01 * 0.8**20  # a step of a size that could be meant
 
 
@@ -600,6 +601,7 @@ def test_update_steps_the_policy_first_and_fits_v_to_targets_from_before(monkeyp
         assert torch.equal(batch.inputs, rollout.obs.flatten(0, 1))
         assert torch.equal(batch.actions, rollout.actions.flatten(0, 1))
         torch.testing.assert_close(batch.adv, expected_adv.flatten())
+        assert inputs[2] == args.max_kl
         old, new = old_and_new(policy, batch)
         assert mean_kl(old, new) == 0
         torch.testing.assert_close(batch.logp_old, old.log_prob(batch.actions))
@@ -629,6 +631,33 @@ def test_update_steps_the_policy_first_and_fits_v_to_targets_from_before(monkeyp
     for epoch in (seen[: args.num_minibatches], seen[args.num_minibatches :]):
         given = sorted(torch.cat(epoch).tolist())
         np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scale, floor, norm_reward",
+    [(1.0, 0.1, True), (1e-3, 0.1, True), (1e-3, 0.0, True), (1e-3, 0.1, False)],
+)
+def test_the_trust_region_shrinks_where_returns_hardly_differ(
+    monkeypatch, scale, floor, norm_reward
+):
+    seen = []
+    original = trpo.policy_step
+    monkeypatch.setattr(trpo, "policy_step", lambda *x: seen.append(x[2]) or original(*x))
+    networks, rollout, rng, args = first_rollout(
+        trpo, return_floor=floor, max_kl=0.01, norm_reward=norm_reward
+    )
+    with torch.no_grad():
+        networks[1].value_net[-1].weight.zero_()
+    rollout = rollout._replace(rewards=scale * rollout.rewards)
+    _, returns, _ = advantages_of(trpo, networks, rollout, args)
+    std = returns.std().item()
+    adam = make_adam(trpo, networks[1:])
+    metrics = run_trpo_update(networks, adam, trpo.minibatch_step, rollout, rng, args)
+    small = scale < 1 and floor > 0 and norm_reward
+    assert norm_reward is False or small == (std < floor)
+    expected = 0.01 * (std / floor) ** 2 if small else 0.01
+    assert seen == [pytest.approx(expected, rel=1e-3)]
+    assert metrics["max_kl"] == seen[0] and metrics["approx_kl"] <= seen[0] * (1 + 1e-6)
 
 
 def test_gae_eq28_minibatch_step_of_trpo_is_adam_on_the_squared_error():
