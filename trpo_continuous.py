@@ -124,7 +124,7 @@ class RunArgs:
 
 @dataclass
 class EnvironmentArgs:
-    num_envs: int = 4  # N, number of environments, stepped one after another
+    num_envs: int = 16  # N, number of environments, stepped one after another
     # threads with which each process steps EnvPool, for ids such as envpool:HalfCheetah-v5
     # (default: one for each core)
     env_threads: int | None = None
@@ -136,7 +136,7 @@ class EnvironmentArgs:
 
 @dataclass
 class AlgorithmArgs:
-    num_steps: int = 256  # T, steps per environment and iteration
+    num_steps: int = 64  # T, steps per environment and iteration
     # trpo: step to the boundary, then line search. truncated: step to the boundary without line
     # search (truncated natural gradient). natural: θ ← θ + α x (Kakade eqs. 2-4)
     step: Literal["trpo", "truncated", "natural"] = "trpo"

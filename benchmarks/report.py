@@ -25,7 +25,7 @@ PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
 PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
-SPEED_NAMES = {"default": "this script", "4 x 512": "this script", "bf16": "in bfloat16"}
+SPEED_NAMES = {"default": "this script", "16 x 128": "this script", "bf16": "in bfloat16"}
 SPEED_NAMES |= {"EnvPool": "this script with EnvPool", "peer + EnvPool": "the peer with EnvPool"}
 STYLES = ("-", "--", "-.", ":")
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -452,7 +452,7 @@ def plot_speed() -> None:
     bars = []  # (script and task, contestant, ratio to the peer in each repetition)
     for (script, task), rows in speed_files().items():
         ratios = speed_ratios(rows)
-        for name in ("default", "4 x 512", "bf16", "EnvPool", "peer + EnvPool"):
+        for name in ("default", "16 x 128", "bf16", "EnvPool", "peer + EnvPool"):
             if name in ratios:
                 bars.append((f"{script}, {task}", SPEED_NAMES[name], ratios[name]))
     if not bars:
@@ -496,7 +496,7 @@ def front_table() -> str:
         task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
         ratios = speed_ratios(speeds.get((script, task), []))
         medians = {name: f"{np.median(values):.1f}" for name, values in ratios.items()}
-        speed = medians.get("default", medians.get("4 x 512", ""))
+        speed = medians.get("default", medians.get("16 x 128", ""))
         upper, _ = script_path(script).read_text().split("# The algorithm ends here")
         name = algorithm(script)
         cells = [f"[`{script}.py`]({script}.py)", f"[{name}](https://arxiv.org/abs/{PAPERS[name]})"]

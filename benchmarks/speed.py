@@ -49,10 +49,10 @@ CONTESTANTS = {  # continuous ones: 10 epochs, two hidden layers of 64; as the p
         "2 processes": "",
     },
     "trpo_continuous": {  # critic minibatches of 128, 15 iterations of conjugate gradients
-        "4 x 512": "--num-steps 512 --cg-iterations 15 --update-epochs 10 --num-minibatches 16",
+        "16 x 128": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16",
         "1 x 2048": "--cg-iterations 15 --update-epochs 10 --num-minibatches 16 --num-envs 1 --num-steps 2048",
-        "not compiled": "--num-steps 512 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
-        "EnvPool": "--num-steps 512 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --env-id envpool:TASK",
+        "not compiled": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --compile off",
+        "EnvPool": "--num-steps 128 --cg-iterations 15 --update-epochs 10 --num-minibatches 16 --env-id envpool:TASK",
     },
     "ppo_atari": {"default": "", "bf16": "--bf16", "not compiled": "--compile off", "2 processes": ""},
     "acer_discrete": {  # replay from the first iteration on, which the first update fills
