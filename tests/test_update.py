@@ -1535,10 +1535,11 @@ def test_rejected_steps_are_counted_and_the_trust_region_holds(monkeypatch):
         return original(*inputs) + (1 if len(calls) <= 11 else 0)  # the first line search
 
     monkeypatch.setattr(trpo, "gaussian_kl", sometimes_too_far)
-    args = make_args(trpo, total_timesteps=640)
+    args = make_args(trpo, total_timesteps=640, return_floor=0.0)
     rows = list(trpo.trpo(args))
     assert rows[0]["rejected"] == 1 and rows[0]["step_fraction"] == 0
     assert abs(rows[0]["approx_kl"]) < 1e-6
+    assert {row["max_kl"] for row in rows} == {args.max_kl}
     assert all(-1e-6 <= row["approx_kl"] <= args.max_kl * (1 + 1e-6) for row in rows)
     assert np.mean([row["rejected"] for row in rows[1:]]) < 0.5
     assert max(row["approx_kl"] for row in rows) > 0.1 * args.max_kl
