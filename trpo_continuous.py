@@ -1887,6 +1887,8 @@ def check_algorithm_args(args: Args) -> None:
     require(divides, f"--num-minibatches must divide {size}")
     used = args.env_threads is None or args.env_id.startswith(POOL)
     require(used, f"--env-threads has no effect without EnvPool, such as --env-id {POOL}Hopper-v5")
+    used = args.norm_reward or args.return_floor in (0, Args.return_floor)
+    require(used, "--return-floor has no effect without --norm-reward")
     unused = {
         "trpo": ("natural_step",),
         "truncated": ("natural_step", "line_search_steps", "line_search_decay"),

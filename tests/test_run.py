@@ -964,6 +964,7 @@ MISTAKES = {
     trpo_continuous: [
         ("--max-kl 0", "--max-kl 0.0 must be positive"),
         ("--return-floor -1", "--return-floor -1.0 must not be negative"),
+        ("--no-norm-reward --return-floor 0.5", "--return-floor has no effect without"),
         ("--cg-iterations 0", "--cg-iterations 0 must be positive"),
         ("--cg-damping -1", "--cg-damping -1.0 must not be negative"),
         ("--fisher-subsample 0", "--fisher-subsample 0.0 must be positive"),
