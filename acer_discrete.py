@@ -43,8 +43,8 @@ Equation map
 Departures from the ACER paper that no flag reverts (PAPER below lists the others)
     Environments are stepped together. The paper has 16 asynchronous threads.
     All environments share one draw of n ~ Poisson(r). In the paper each thread draws its own.
-    Replay draws a stored segment of T steps for each environment. A thread of the paper draws a
-    trajectory.
+    An update from replay takes a stored segment of T steps of each environment. In the paper a
+    thread updates from one trajectory at a time.
     Gradients are means over the batch. In the paper they are sums over a trajectory.
     RMSProp is that of TensorFlow 1, as in OpenAI baselines.
     The entropy bonus is inside the trust region. The paper does not say where it is.
@@ -242,7 +242,7 @@ def fill_defaults(args: Args, images: bool) -> Args:
 def truncated_gradient(
     probs: Tensor, q: Tensor, q_ret: Tensor, actions: Tensor, mu: Tensor, trunc_c: float
 ) -> Tensor:
-    """First term of ACER eq. 9, as the gradient with respect to π: the action taken, ρ cut at c.
+    """First term of ACER eq. 9, as the gradient with respect to π: the action taken, ρ at most c.
 
     1{a = a_t} min(c, ρ_a) (Q^ret - V) / π_a  with  ρ = π/μ,  V = Σ_a π_a Q_a
 
@@ -284,13 +284,15 @@ def acer_gradient(
     mu: Tensor,
     trunc_c: float,
     ent_coef: float,
+    bias_correction: bool = True,
 ) -> Tensor:
     """ACER eqs. 9-10: g, the gradient with respect to the probabilities π, with an entropy bonus.
 
     q_ret and actions are (…,), the others (…, A). Returns (…, A).
     """
     g = truncated_gradient(probs, q, q_ret, actions, mu, trunc_c)
-    g = g + correction_gradient(probs, q, mu, trunc_c)
+    if bias_correction:
+        g = g + correction_gradient(probs, q, mu, trunc_c)
     return g + ent_coef * entropy_gradient(probs)
 
 
@@ -322,8 +324,8 @@ def retrace(
 
     Q^ret_t = r_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})) + γ V(s_{t+1}),  ρ̄ = min(1, ρ)
 
-    `rho` are the ratios π/μ of the actions taken. They are cut at 1. The paper prints min(c, ρ),
-    with the letter c of eq. 9, but means 1 here. `next_values[t]` is V of the state that action t
+    `rho` are the ratios π/μ of the actions taken. They are truncated at 1, as in Algorithm 2. Eq. 5
+    prints min(c, ρ), with the letter c of eq. 9. `next_values[t]` is V of the state that action t
     led to. A termination removes this V. A time limit keeps it, as V(final observation) (Pardo
     eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
     """
@@ -471,8 +473,9 @@ def acer_loss(
     final_values: Tensor,
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a loss whose gradient is that of ACER Algorithm 2, and metrics.
+    """Return a loss with the gradients of ACER Algorithm 2, as means over (T, N), and metrics.
 
+    For the critic Algorithm 2 prints the gradient of (Q^ret - Q)². Here it is eq. 6, half of that.
     `final_values` (T, N) is V(final observation) of the truncated steps.
     """
     probs, q = policy(batch.obs)  # (T+1, N, A) each
@@ -489,11 +492,8 @@ def acer_loss(
         q_ret = retrace(
             batch.rewards, q_taken, next_values, rho, batch.terminated, done, args.gamma
         )
-        inputs = (probs, q, q_ret, batch.actions, batch.mu, args.trunc_c)
-        if args.bias_correction:
-            g = acer_gradient(*inputs, args.ent_coef)
-        else:
-            g = truncated_gradient(*inputs) + args.ent_coef * entropy_gradient(probs)
+        inputs = (probs, q, q_ret, batch.actions, batch.mu)
+        g = acer_gradient(*inputs, args.trunc_c, args.ent_coef, args.bias_correction)
         z = g
         if args.trust_region:
             avg_probs = average.probs(batch.obs[:-1])
@@ -508,7 +508,7 @@ def acer_loss(
         "explained_variance": 1 - (q_ret - q_taken).var() / q_ret.var(),
         "mean_ratio": rho.mean(),
         "truncated_ratios": (rho > args.trunc_c).float().mean(),
-        "cut_traces": (rho < 1 - 1e-4).float().mean(),
+        "cut_traces": (rho < 1 - 1e-4).float().mean(),  # ρ̄ < 1 shortens Q^ret. 1e-4: rounding
     }
     if args.trust_region:
         log_ratio = (avg_probs + EPS).log() - (probs + EPS).log()
@@ -520,7 +520,7 @@ def acer_loss(
 def clip_global_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 9: g ← g min(1, c / ‖g‖₂).
 
-    g is the gradient of one network as one vector. Returns the clipped g (P,) and the norm before
+    g is the gradient of all weights as one vector. Returns the clipped g (P,) and the norm before
     clipping.
     """
     flat = torch.cat([g.flatten() for g in grads])
@@ -768,7 +768,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # A new game counts its frames from 0, after at most 30 no-ops
+        # The frame number falls only when a new game begins: to 0, or to at most 30 no-ops
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -792,7 +792,7 @@ class AtariEnvs:
 class Segment(NamedTuple):
     """T steps in each of N environments, under the policy μ of their time."""
 
-    obs: Tensor  # (T+1, N, O)  s_0 to s_T, after the end of an episode that of the next one
+    obs: Tensor  # (T+1, N, O)  s_0 to s_T. After an episode ends, the first of the next one
     actions: Tensor  # (T, N)
     mu: Tensor  # (T, N, A)  μ(·|s_t)
     rewards: Tensor  # (T, N)
@@ -1042,7 +1042,7 @@ def observes_images(env_id: str) -> bool:
 
 
 def mujoco_warning(text: str) -> None:
-    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    """Print a warning that MuJoCo would log to ./MUJOCO_LOG.TXT. Drops those on settotalmass."""
     if "settotalmass" not in text:
         print(text, file=sys.stderr)
 
@@ -1221,7 +1221,7 @@ def acer(
             segment = segment._replace(rewards=rewards.float())
             replay.add(segment)
 
-            rng = rngs["minibatches"]
+            rng = rngs["minibatches"]  # draws n ~ Poisson(r) and the segments from replay
             metrics = update(policy, average, rmsprop, train_step, replay, rng, args)
             check_update(metrics, params, iteration)
 

@@ -50,8 +50,8 @@ Departures from the PPO paper (section 6.4) that no flag reverts (PAPER below li
     The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
     ALE presses FIRE when it resets a game. After a lost life FIRE replaces the policy's action, and
     the policy's action is stored.
-    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
-    which was sampled without statistics.
+    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
+    those of this rollout, so its π_old is not the policy that took the actions.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
@@ -198,13 +198,14 @@ DEFAULTS = {  # of fields that are None: for images, for vectors
 }
 
 PAPER = {  # --paper: PPO section 6.4 and Table 5
+    # clip_rewards stays on, as in OpenAI baselines. The paper does not mention it
     "life_loss_terminal": False,  # the paper does not mention it
     "norm_obs": False,  # pixels are divided by 255
     "update_epochs": 3,  # 4 in OpenAI baselines
     "norm_adv": False,  # the paper does not mention it
     "anneal_clip": True,
     "vf_coef": 1.0,
-    "max_grad_norm": math.inf,  # the paper does not mention clipping
+    "max_grad_norm": math.inf,  # the paper does not mention gradient clipping
     "orthogonal_init": False,  # the paper names no initialization
 }
 
@@ -272,13 +273,13 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def clipped_value_loss(
-    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float
+    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: Tensor | float
 ) -> Tensor:
     """Engstrom section 3, item 1. Not in the PPO paper.
 
     L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
 
-    The paper prints min. Its authors' code takes max. (B,) each, returns a scalar.
+    Engstrom prints min. Its authors' code takes max. (B,) each, returns a scalar.
     """
     assert values.shape == values_old.shape == returns.shape
     clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
@@ -352,6 +353,7 @@ class ActorCritic(nn.Module):
         orthogonal = args.orthogonal_init
         if self.images:
             self.trunk = nature_cnn(obs_shape, hidden_sizes, orthogonal)
+            # obs_stats in float32. Before the first statistics pixels are divided by 255
             self.register_buffer("pixel_mean", torch.zeros(obs_shape))
             self.register_buffer("pixel_std", torch.full(obs_shape, 255.0))
         else:
@@ -399,7 +401,7 @@ class ActorCritic(nn.Module):
             x = x.to(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.trunk(x)
-        leading = inputs.shape[: inputs.dim() - self.obs_stats.mean.dim()]
+        leading = inputs.shape[: -self.obs_dims]
         x = x.float().reshape(*leading, x.shape[-1])
         return self.policy_head(x), self.value_head(x).squeeze(-1)
 
@@ -466,7 +468,7 @@ def ppo_loss(
         "policy_loss": -surrogate,
         "value_loss": vf_loss,
         "entropy": entropy,
-        "approx_kl": kl.mean(),  # exact, before the step of this minibatch
+        "approx_kl": kl.mean(),  # the usual name, but exact. Before the step of this minibatch
         "clipfrac": ((ratio - 1).abs() > eps_clip).float().mean(),
     }
     return -(surrogate - args.vf_coef * vf_loss + args.ent_coef * entropy), metrics
@@ -777,7 +779,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # A new game counts its frames from 0, after at most 30 no-ops
+        # The frame number falls only when a new game begins: to 0, or to at most 30 no-ops
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -854,7 +856,7 @@ def rolling_discounted_sums(
 ) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
 
-    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    rewards and done are (T, N). running_sum (N,) is R_{-1}, from the previous rollout. Returns
     R (T, N) and the running sum of the next rollout.
     """
     rewards = rewards.numpy()
@@ -873,8 +875,9 @@ def prepare(
 ) -> tuple[Rollout, Tensor]:
     """Update reward_stats, normalize observations, scale rewards, and move all to the device.
 
-    Rewards are divided by the std of their rolling discounted sum (Engstrom section 3, items 2
-    and 5). Returns the rollout and the running sum of the next one.
+    With `clip_rewards` rewards become their signs (DQN Methods). With `norm_reward` they are
+    divided by the std of their rolling discounted sum (Engstrom section 3, items 2 and 5). Returns
+    the rollout and the running sum of the next one.
     """
     rewards = raw.rewards
     if args.clip_rewards:
@@ -1033,7 +1036,7 @@ def observes_images(env_id: str) -> bool:
 
 
 def mujoco_warning(text: str) -> None:
-    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    """Print a warning that MuJoCo would log to ./MUJOCO_LOG.TXT. Drops those on settotalmass."""
     if "settotalmass" not in text:
         print(text, file=sys.stderr)
 
@@ -1186,7 +1189,8 @@ def ppo(
         episodes = Episodes(args.num_envs, state.get("episodes", ()))
         running_sum = torch.zeros(len(envs.obs), dtype=torch.float64)
         train_step = compile_step(minibatch_step)
-        stride = FRAME_STACK if args.images else 1  # enough of ALE's stacks to see each frame
+        # An image is a stack of the last 4 frames: every fourth image has each frame once
+        stride = FRAME_STACK if args.images else 1
 
         while step + args.batch_size <= args.total_timesteps:
             iteration = step // args.batch_size + 1
@@ -1207,8 +1211,8 @@ def ppo(
             episodes.add(torch.cat(rewards, 1), torch.cat(resets, 1))
             check_rollout(raw, iteration, args.norm_obs)
             first = policy.obs_stats.count == 0
-            # The first rollout is sampled without statistics. They are then computed from it, and
-            # π_old, V and the ratio use them.
+            # The first rollout is sampled before there are statistics. They are then computed from
+            # it and used in its update, so this π_old is not the policy that took the actions.
             if first:
                 policy.update_stats(raw.obs[::stride].flatten(0, 1))
             rollout, running_sum = prepare(raw, policy, running_sum, gamma, args)

@@ -48,16 +48,16 @@ Departures from the PPO paper that no flag reverts (PAPER below lists the others
     When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
     Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
     bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
-    The networks share no weights, and Adam and gradient clipping by network nearly cancel a factor
-    of L^VF. So c1 of PPO eq. 9 is left out: c1 = 1.
+    c1 of PPO eq. 9 is left out (c1 = 1). As in section 6.1 of the paper the networks share no
+    weights. Adam and gradient clipping by network then nearly cancel c1.
     The adaptive β stays in [1e-8, 1e8].
-    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
-    which was sampled without statistics.
+    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
+    those of this rollout, so its π_old is not the policy that took the actions.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
-run equals the uninterrupted run bit for bit. EnvPool's random states can't be saved: its episodes
-start from other seeds then.
+run equals the uninterrupted run bit for bit. This does not hold for EnvPool, whose random states
+can't be saved: its episodes start from new seeds.
 """
 
 import csv
@@ -114,7 +114,7 @@ class RunArgs:
 
 @dataclass
 class EnvironmentArgs:
-    num_envs: int = 4  # N, number of environments, stepped one after another
+    num_envs: int = 16  # N, number of environments, stepped one after another
     # threads with which each process steps EnvPool, for ids such as envpool:HalfCheetah-v5
     # (default: one for each core)
     env_threads: int | None = None
@@ -126,7 +126,7 @@ class EnvironmentArgs:
 
 @dataclass
 class AlgorithmArgs:
-    num_steps: int = 512  # T, steps per environment and iteration
+    num_steps: int = 128  # T, steps per environment and iteration
     update_epochs: int = 10  # K, passes over the batch of N x T samples
     num_minibatches: int = 32  # minibatches per epoch, each of M = N x T / num_minibatches samples
     learning_rate: float = 3e-4  # α, step size of Adam, for both networks
@@ -142,7 +142,7 @@ class AlgorithmArgs:
     kl_coef: float = 1.0  # β of PPO eq. 8. kl-adaptive starts from it
     kl_target: float = 0.01  # d_targ of the adaptive β (PPO section 4)
     clip_vloss: bool = False  # clip V to ±ε around its old value. Not in the paper
-    ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus
+    ent_coef: float = 0.0  # c2 of PPO eq. 9, weight of the entropy bonus. Needs a learned σ
     max_grad_norm: float = 0.5  # largest gradient norm of each network. inf: no clipping
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of each network
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
@@ -179,15 +179,15 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the las
 
 
 PAPER = {  # --paper: PPO section 6.1 and Table 3
-    "num_envs": 1,  # one rollout instead of several shorter ones
+    "num_envs": 1,  # one long rollout instead of several short ones
     "num_steps": 2048,
-    "norm_obs": False,  # the paper does not mention normalization
+    "norm_obs": False,  # the paper does not mention normalizing observations or rewards
     "norm_reward": False,
     "anneal_lr": False,
     "recompute_advantages": False,  # once per iteration
-    "max_grad_norm": math.inf,  # the paper does not mention clipping
+    "max_grad_norm": math.inf,  # the paper does not mention gradient clipping
     "orthogonal_init": False,  # the paper names no initialization
-    "log_std_init": 0.0,  # the paper names no initial σ
+    "log_std_init": 0.0,  # the paper names none for MuJoCo
     "log_std_final": None,  # σ is learned. Only Table 4 (Roboschool) anneals it, on a line in log σ
 }
 
@@ -222,11 +222,6 @@ def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
     return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """KL(π_old ‖ π) of PPO eq. 8 in nats.
 
@@ -239,6 +234,11 @@ def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Te
     return (log_std - log_std_old + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
 
 
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """PPO eq. 9: L^VF = Ê[(V_θ(s_t) - V_t^targ)²], without ½. (B,) each, returns a scalar."""
     assert values.shape == returns.shape
@@ -246,13 +246,13 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def clipped_value_loss(
-    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: float
+    values: Tensor, values_old: Tensor, returns: Tensor, eps_clip: Tensor | float
 ) -> Tensor:
     """Engstrom section 3, item 1. Not in the PPO paper.
 
     L^VF = Ê[max((V_θ - V^targ)², (clip(V_θ, V_old - ε, V_old + ε) - V^targ)²)]
 
-    The paper prints min. Its authors' code takes max. (B,) each, returns a scalar.
+    Engstrom prints min. Its authors' code takes max. (B,) each, returns a scalar.
     """
     assert values.shape == values_old.shape == returns.shape
     clipped = values_old + (values - values_old).clamp(-eps_clip, eps_clip)
@@ -301,7 +301,7 @@ def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequen
 class Policy(nn.Module):
     """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations. σ does not depend on s (TRPO appendix D).
 
-    The bounds of the action space are at -1 and 1 of this Gaussian. `to_env` applies them.
+    `to_env` maps -1 and 1 to the bounds of the action space, and clips there.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
@@ -353,9 +353,9 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
-        """Return μ_θ(s) + σ ε (…, A) for raw observations (…, O), and noise ε (…, A).
+        """Return μ_θ(s) + σ z (…, A), given raw observations (…, O) and noise z (…, A).
 
-        With ε ~ N(0, I) it is a draw from π(·|s), before `to_env`.
+        With z ~ N(0, I) it is a draw from π(·|s), before `to_env`.
         """
         mean, log_std = self(obs)
         return mean + log_std.exp() * noise.to(mean)
@@ -434,7 +434,7 @@ def ppo_loss(
         "policy_loss": -surrogate,
         "value_loss": vf_loss,
         "entropy": entropy,
-        "approx_kl": kl.mean(),  # exact, before the step of this minibatch
+        "approx_kl": kl.mean(),  # the usual name, but exact. Before the step of this minibatch
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
     return -(surrogate - vf_loss + args.ent_coef * entropy), metrics
@@ -540,7 +540,7 @@ def gae(
 def advantages(
     critic: Critic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the critic as it is, each (T, N)."""
+    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the current critic, each (T, N)."""
     values = critic(rollout.obs)
     # s_{t+1} is the next row, except at the end of the rollout and of an episode
     next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
@@ -806,7 +806,7 @@ def rolling_discounted_sums(
 ) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
 
-    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    rewards and done are (T, N). running_sum (N,) is R_{-1}, from the previous rollout. Returns
     R (T, N) and the running sum of the next rollout.
     """
     rewards = rewards.numpy()
@@ -975,7 +975,7 @@ def make_envs(
 
 
 def mujoco_warning(text: str) -> None:
-    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    """Print a warning that MuJoCo would log to ./MUJOCO_LOG.TXT. Drops those on settotalmass."""
     if "settotalmass" not in text:
         print(text, file=sys.stderr)
 
@@ -1151,8 +1151,8 @@ def ppo(
             episodes.add(raw.rewards, raw.done)
             check_rollout(raw, iteration, args.norm_obs)
             first = policy.obs_stats.count == 0
-            # The first rollout is sampled without statistics. They are then computed from it, and
-            # π_old, V and the ratio use them.
+            # The first rollout is sampled before there are statistics. They are then computed from
+            # it and used in its update, so this π_old is not the policy that took the actions.
             if first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
             rollout, running_sum = prepare(raw, policy, critic, running_sum, gamma, args)

@@ -27,9 +27,9 @@ From Python: train(Args(env_id="Hopper-v5")), load_policy("runs/<run>/checkpoint
 
 From TRPO eq. 14 to the update (section 6 and appendix C, with Δ = θ - θ_old)
     1. max_θ L(θ) = Ê[π_θ(a|s) / π_old(a|s) Â]  subject to  Ê[KL(π_old ‖ π_θ)] ≤ δ     (TRPO eq. 14)
-    2. g is the gradient of L at θ_old, and F is the Hessian of the mean KL there. To first order
-       L(θ) ≈ L(θ_old) + gᵀΔ. The mean KL and its gradient are 0 at θ_old, so to second order the
-       mean KL is ½ ΔᵀFΔ.
+    2. g is the gradient of L at θ_old. F is the Hessian of the mean KL there, the Fisher matrix (A
+       in the paper). To first order L(θ) ≈ L(θ_old) + gᵀΔ. The mean KL and its gradient are 0 at
+       θ_old, so to second order the mean KL is ½ ΔᵀFΔ.
     3. max_Δ gᵀΔ  subject to  ½ ΔᵀFΔ ≤ δ                                               (TRPO eq. 17)
     4. The gradient of the Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ) is g - λFΔ. It is 0 for Δ = x / λ, where
        F x = g: x is the natural gradient. Conjugate gradients find it from products F v alone.
@@ -56,18 +56,18 @@ Equation map
 
 Departures from the TRPO paper that no flag reverts (PAPER below lists the others)
     A value network V reduces the variance of Â (GAE section 6.1). TRPO sums discounted rewards.
-    V is fitted by Adam. GAE section 6.1 fits it by a trust region method.
+    V is fitted by Adam. GAE section 5 fits it by a trust region method.
     When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
     Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
     bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
-    With norm_obs, π_old, V and the ratio of the first update use the statistics of its own rollout,
-    which was sampled without statistics. Later statistics that would move the policy by more than
-    1.1 δ, step included, are not taken over.
+    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
+    those of this rollout, so its π_old is not the policy that took the actions. Later statistics
+    that would move the policy by more than 1.1 δ, step included, are left out.
     Adam's ε is 1e-5. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
-run equals the uninterrupted run bit for bit. EnvPool's random states can't be saved: its episodes
-start from other seeds then.
+run equals the uninterrupted run bit for bit. This does not hold for EnvPool, whose random states
+can't be saved: its episodes start from new seeds.
 """
 
 import csv
@@ -140,10 +140,11 @@ class AlgorithmArgs:
     # trpo: step to the boundary, then line search. truncated: step to the boundary without line
     # search (truncated natural gradient). natural: θ ← θ + α x (Kakade eqs. 2-4)
     step: Literal["trpo", "truncated", "natural"] = "trpo"
-    max_kl: float = 0.01  # δ of TRPO eq. 14, the largest mean KL of a step of --step trpo
+    # δ of TRPO eq. 14, the limit of the mean KL of a step (trpo) or of ½ ΔᵀFΔ (truncated)
+    max_kl: float = 0.01
     natural_step: float = 0.1  # α of --step natural
     cg_iterations: int = 10  # iterations of conjugate gradients
-    # F + cg_damping I is used in place of F. This damps noise in F and g, and shortens the step
+    # F + cg_damping I is used in place of F. This damps the noise in x and shortens the step
     cg_damping: float = 0.5
     fisher_subsample: float = 1.0  # fraction of the batch that F is estimated on
     line_search_steps: int = 10  # step lengths tried before the step is rejected
@@ -192,7 +193,7 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):  # fields come from the las
 PAPER = {  # --paper: TRPO section 8.1 and appendix E
     "num_envs": 50,  # 50,000 steps an iteration, as for Swimmer. The paper has more for other tasks
     "num_steps": 1000,
-    "norm_obs": False,  # the paper does not mention normalization
+    "norm_obs": False,  # the paper does not mention normalizing observations or rewards
     "norm_reward": False,
     "return_floor": 0.0,
     "cg_damping": 0.0,
@@ -237,11 +238,6 @@ def gaussian_logp(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
     return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
 def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """KL(π_old ‖ π) of TRPO eq. 14 and PPO eq. 8 in nats.
 
@@ -252,6 +248,11 @@ def gaussian_kl(mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Te
     assert mean_old.shape == mean.shape
     squares = (2 * log_std_old).exp() + (mean_old - mean).square()
     return (log_std - log_std_old + squares / (2 * (2 * log_std).exp()) - 0.5).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """S[π] of PPO eq. 9 in nats: Σ_i (log σ_i + ½ log 2πe). log_std (…, A), returns (…,)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def mlp(sizes: tuple[int, ...], last_gain: float, orthogonal: bool) -> nn.Sequen
 class Policy(nn.Module):
     """π_θ(a|s) = N(μ_θ(s), diag σ²) of raw observations. σ does not depend on s (TRPO appendix D).
 
-    The bounds of the action space are at -1 and 1 of this Gaussian. `to_env` applies them.
+    `to_env` maps -1 and 1 to the bounds of the action space, and clips there.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_space: gym.spaces.Box, args: Args):
@@ -328,9 +329,9 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
-        """Return μ_θ(s) + σ ε (…, A) for raw observations (…, O), and noise ε (…, A).
+        """Return μ_θ(s) + σ z (…, A), given raw observations (…, O) and noise z (…, A).
 
-        With ε ~ N(0, I) it is a draw from π(·|s), before `to_env`.
+        With z ~ N(0, I) it is a draw from π(·|s), before `to_env`.
         """
         mean, log_std = self(obs)
         return mean + log_std.exp() * noise.to(mean)
@@ -428,7 +429,10 @@ class Batch(NamedTuple):
 def policy_step(
     policy: Policy, batch: Batch, max_kl: float, rng: torch.Generator, args: Args
 ) -> dict[str, float]:
-    """TRPO section 6: one step of the policy on the whole batch. Returns metrics."""
+    """TRPO section 6: one step of the policy on the whole batch. Returns metrics.
+
+    `max_kl` is args.max_kl, times `floor_factor` where that is in use.
+    """
     params = list(policy.parameters())
     theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
     sizes = [param.numel() for param in params]
@@ -456,7 +460,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # A copy: unaligned views of theta would round differently from a loaded policy.
+        # Copied: views of theta, if not aligned as in a loaded policy, would round differently.
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
@@ -472,7 +476,7 @@ def policy_step(
     return {
         "policy_loss": -(surrogate_old + gain).item(),
         "surrogate_gain": gain.item(),
-        "approx_kl": kl.item(),  # exact
+        "approx_kl": kl.item(),  # the usual name, but exact
         "max_kl": math.nan if args.step == "natural" else max_kl,
         "rejected": float(not accepted),
         "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
@@ -481,8 +485,8 @@ def policy_step(
     }
 
 
-def fisher_operator(policy: Policy, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """Return the function v -> (F + damping I) v, for normalized obs (B, O) and v (P,).
+def fisher_operator(policy: Policy, inputs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """Return the function v -> (F + damping I) v, for inputs (B, O) and v (P,).
 
     F = Ê[JᵀMJ] is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old (TRPO eqs. 56-57). J is the
     Jacobian of μ and log σ in the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
@@ -490,7 +494,7 @@ def fisher_operator(policy: Policy, obs: Tensor, damping: float) -> Callable[[Te
     times second derivatives of μ and log σ. This gradient is 0 at θ_old.
     """
     params = list(policy.parameters())
-    mean, log_std = policy.mean_and_log_std(obs)
+    mean, log_std = policy.mean_and_log_std(inputs)
     log_std = log_std.expand_as(mean)
     outputs = torch.cat([mean, log_std], -1)  # (B, 2A)
     metric = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], -1).detach()
@@ -552,16 +556,16 @@ def line_search(
     theta: Tensor,
     full_step: Tensor,
     max_kl: float,
-    max_backtracks: int,
+    max_steps: int,
     decay: float,
 ) -> tuple[Tensor, bool]:
     """TRPO appendix C: the first of the steps Δ, decay Δ, decay² Δ, … that is good enough.
 
     `try_step(θ)` returns L(θ) - L(θ_old) and the mean KL(π_old ‖ π_θ). A step is good enough if
     L(θ) > L(θ_old) and the KL is at most `max_kl`. Returns the new θ (P,) and True, or `theta` and
-    False if `max_backtracks` steps were tried in vain.
+    False if `max_steps` steps were tried in vain.
     """
-    for k in range(max_backtracks):
+    for k in range(max_steps):
         candidate = theta + decay**k * full_step
         gain, kl = try_step(candidate)
         if gain > 0 and kl <= max_kl:
@@ -602,7 +606,7 @@ def gae(
 def advantages(
     critic: Critic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the critic as it is, each (T, N)."""
+    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the current critic, each (T, N)."""
     values = critic(rollout.obs)
     # s_{t+1} is the next row, except at the end of the rollout and of an episode
     next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
@@ -869,7 +873,7 @@ def rolling_discounted_sums(
 ) -> tuple[Tensor, Tensor]:
     """Engstrom section 3, item 2: R_t = γ R_{t-1} + r_t, from 0 in each episode.
 
-    rewards and done are (T, N). running_sum (N,) is R_{-1} of the previous rollout. Returns
+    rewards and done are (T, N). running_sum (N,) is R_{-1}, from the previous rollout. Returns
     R (T, N) and the running sum of the next rollout.
     """
     rewards = rewards.numpy()
@@ -1038,7 +1042,7 @@ def make_envs(
 
 
 def mujoco_warning(text: str) -> None:
-    """Print a warning of MuJoCo, which would log it to ./MUJOCO_LOG.TXT. Drops a repeated one."""
+    """Print a warning that MuJoCo would log to ./MUJOCO_LOG.TXT. Drops those on settotalmass."""
     if "settotalmass" not in text:
         print(text, file=sys.stderr)
 
@@ -1208,8 +1212,8 @@ def trpo(
             check_rollout(raw, iteration, args.norm_obs)
             before = [x.detach().clone() for x in policy(raw.obs)]
             first = policy.obs_stats.count == 0
-            # The first rollout is sampled without statistics. They are then computed from it, and
-            # π_old, V and the ratio use them.
+            # The first rollout is sampled before there are statistics. They are then computed from
+            # it and used in its update, so this π_old is not the policy that took the actions.
             if first:
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
             rollout, running_sum = prepare(raw, policy, critic, running_sum, args.gamma, args)
@@ -1217,15 +1221,15 @@ def trpo(
             rng = rngs["minibatches"]
             metrics = update(policy, critic, adam, train_step, rollout, args.gamma, rng, args)
             check_update(metrics, params, iteration)
-            stats = policy.obs_stats.get_extra_state()
             if not first:
+                stats = policy.obs_stats.get_extra_state()
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
-            kl = kl_between(before, policy(raw.obs))
-            # Statistics that would move π beyond the trust region are not taken over.
-            if args.step == "trpo" and kl > 1.1 * args.max_kl:
-                policy.obs_stats.set_extra_state(stats)
+                # The step may use all of δ. Statistics that would then move π by more than 1.1 δ
+                # are not taken over.
                 kl = kl_between(before, policy(raw.obs))
-            metrics["kl_iteration"] = kl
+                if args.step == "trpo" and kl > 1.1 * args.max_kl:
+                    policy.obs_stats.set_extra_state(stats)
+            metrics["kl_iteration"] = kl_between(before, policy(raw.obs))
 
             step += args.batch_size
             state.update({name: module.state_dict() for name, module in modules.items()})
