@@ -156,12 +156,14 @@ class AlgorithmArgs:
     # multiply δ by (std[V^targ] / return_floor)² where that is below 1. Needs --norm-reward
     return_floor: float = 0.1
     gamma: float = 0.99  # γ, the discount factor. Swimmer-v5 needs 0.9999
-    gae_lambda: float = 0.97  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
+    gae_lambda: float = 0.95  # λ of GAE eq. 16. 0: one-step TD, 1: Monte Carlo
     norm_adv: bool = True  # standardize the advantages over the whole batch
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of each network
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True
-    log_std_init: float = -0.5  # log σ at the start. σ is learned
+    log_std_init: float = -1.0  # log σ at the start
+    # log σ at the end, reached on a straight line. None: σ is learned, from log_std_init
+    log_std_final: float | None = -2.5
 
 
 @dataclass
@@ -204,6 +206,7 @@ PAPER = {  # --paper: TRPO section 8.1 and appendix E
     "hidden_sizes": (30,),  # of Swimmer. Hopper and Walker2d have 50
     "orthogonal_init": False,  # the paper names no initialization
     "log_std_init": 0.0,  # the paper names no initial σ
+    "log_std_final": None,  # σ is learned
 }
 
 CG_TOLERANCE = 1e-10  # of the squared norm of the residual, relative to that of g
@@ -300,7 +303,13 @@ class Policy(nn.Module):
         self.obs_stats = RunningMeanStd(*obs_shape)
         sizes = (*obs_shape, *args.hidden_sizes, action_dim)
         self.mean_net = mlp(sizes, last_gain=0.01, orthogonal=args.orthogonal_init)
-        self.log_std = nn.Parameter(torch.full((action_dim,), float(args.log_std_init)))
+        self.log_std_init = args.log_std_init
+        self.log_std_final = args.log_std_final
+        log_std = torch.full((action_dim,), float(args.log_std_init))
+        if args.log_std_final is None:
+            self.log_std = nn.Parameter(log_std)
+        else:
+            self.register_buffer("log_std", log_std)
         self.action_map = ActionMap(action_space)
 
     def normalize(self, obs: Tensor | np.ndarray) -> Tensor:
@@ -326,6 +335,11 @@ class Policy(nn.Module):
     def forward(self, obs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return μ_θ(s) (…, A) and log σ, (A,) or (…, A), for raw observations (…, O)."""
         return self.mean_and_log_std(self.normalize(obs))
+
+    def anneal(self, fraction: float) -> None:
+        """Put log σ on the line from its first to its last value. A learned σ stays."""
+        if self.log_std_final is not None:
+            self.log_std.fill_(line(self.log_std_init, self.log_std_final, fraction))
 
     @torch.inference_mode()
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
@@ -429,10 +443,7 @@ class Batch(NamedTuple):
 def policy_step(
     policy: Policy, batch: Batch, max_kl: float, rng: torch.Generator, args: Args
 ) -> dict[str, float]:
-    """TRPO section 6: one step of the policy on the whole batch. Returns metrics.
-
-    `max_kl` is args.max_kl, times `floor_factor` where that is in use.
-    """
+    """TRPO section 6: one step of the policy on the batch, with δ = max_kl. Returns metrics."""
     params = list(policy.parameters())
     theta_old = nn.utils.parameters_to_vector(params).detach()  # (P,)
     sizes = [param.numel() for param in params]
@@ -491,7 +502,8 @@ def fisher_operator(policy: Policy, inputs: Tensor, damping: float) -> Callable[
     F = Ê[JᵀMJ] is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old (TRPO eqs. 56-57). J is the
     Jacobian of μ and log σ in the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
     and diag(2). The full Hessian has a second term (eq. 57): the gradient of the KL in μ and log σ,
-    times second derivatives of μ and log σ. This gradient is 0 at θ_old.
+    times second derivatives of μ and log σ. This gradient is 0 at θ_old. If σ is annealed, the rows
+    of J for log σ are 0.
     """
     params = list(policy.parameters())
     mean, log_std = policy.mean_and_log_std(inputs)
@@ -1229,9 +1241,11 @@ def trpo(
                 kl = kl_between(before, policy(raw.obs))
                 if args.step == "trpo" and kl > 1.1 * args.max_kl:
                     policy.obs_stats.set_extra_state(stats)
+            step += args.batch_size
+            # σ of the next iteration. This moves π by a KL of about A (change of log σ)².
+            policy.anneal(step / args.planned_steps)
             metrics["kl_iteration"] = kl_between(before, policy(raw.obs))
 
-            step += args.batch_size
             state.update({name: module.state_dict() for name, module in modules.items()})
             state.update({name: generator.get_state() for name, generator in rngs.items()})
             state.update(step=step, episodes=list(episodes.last))
@@ -1258,6 +1272,7 @@ FIXED_ON_RESUME = (
     "norm_reward",
     "orthogonal_init",
     "log_std_init",
+    "log_std_final",
 )
 RANGES = (
     (
@@ -1278,7 +1293,7 @@ RANGES = (
     ),
     ("gamma gae_lambda fisher_subsample", lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
     ("line_search_decay", lambda x: 0 < x < 1, "must lie between 0 and 1"),
-    ("log_std_init", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
+    ("log_std_init log_std_final", lambda x: -20 <= x <= 5, "must lie in [-20, 5]"),
 )
 
 SOURCE = Path(globals().get("__file__", ""))  # a notebook cell has none

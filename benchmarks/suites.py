@@ -39,8 +39,8 @@ REVERTED = {  # PPO's departures from the paper that are flags, each reverted al
 }
 TRPO_CANDIDATES = {
     "return_floor": "--return-floor 0",
-    "long-rollouts": "--num-envs 4 --num-steps 256",
-    "simple": "--gae-lambda 0.95 --cg-damping 0.1",
+    "log_std_final": "--log-std-final None",
+    "cg_damping": "--cg-damping 0.1",
 }
 FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
 

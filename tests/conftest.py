@@ -157,7 +157,7 @@ def double_policy(script, obs_dim=3, action_dim=2, **flags):
     """Policy in float64 with statistics, whose KL has curvature in all weights."""
     torch.manual_seed(1)
     space = gym.spaces.Box(-1, 1, (action_dim,))
-    args = script.Args(**({"hidden_sizes": (5,)} | flags))
+    args = script.Args(**({"hidden_sizes": (5,), "log_std_final": None} | flags))
     policy = script.Policy((obs_dim,), space, args).double()
     policy.obs_stats.update(2 * torch.randn(50, obs_dim, dtype=torch.float64) + 1)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def make_actor_critic(script, obs_shape, num_actions, **flags):
 
 def learned_sigma(script):
     """Flags with which σ is learned."""
-    return {"log_std_final": None} if script is ppo_continuous else {}
+    return {"log_std_final": None} if script in CONTINUOUS else {}
 
 
 def random_frames(*shape, seed=0):
@@ -283,17 +283,22 @@ def test_samples_have_the_mean_and_the_std_of_the_distribution(script):
     np.testing.assert_allclose(policy.act(obs)[0], mean.detach().numpy(), rtol=1e-6, atol=1e-6)
 
 
-def test_sigma_of_ppo_is_annealed_on_a_line():
-    policy = make_policy(ppo_continuous, log_std_init=-1.0, log_std_final=-3.0)
+@each_continuous
+def test_sigma_is_annealed_on_a_line(script):
+    """A line in σ in PPO, in log σ in TRPO."""
+    policy = make_policy(script, log_std_init=-1.0, log_std_final=-3.0)
     assert "log_std" not in dict(policy.named_parameters())
     for fraction in (0.0, 0.25, 1.0):
         policy.anneal(fraction)
         std = (1 - fraction) * math.exp(-1) + fraction * math.exp(-3)
+        if script is trpo_continuous:
+            std = math.exp(-1 - 2 * fraction)
         torch.testing.assert_close(policy(torch.zeros(3))[1].exp(), torch.full((2,), std))
 
 
-def test_a_learned_sigma_is_not_annealed():
-    policy = make_policy(ppo_continuous, log_std_init=-1.0, log_std_final=None)
+@each_continuous
+def test_a_learned_sigma_is_not_annealed(script):
+    policy = make_policy(script, log_std_init=-1.0, log_std_final=None)
     policy.anneal(0.5)
     assert dict(policy.named_parameters())["log_std"].tolist() == [-1.0, -1.0]
 
@@ -317,9 +322,8 @@ def test_initialization_and_size(script):
     sizes = {"policy": (3 * 64 + 64) + (64 * 64 + 64) + (64 * 2 + 2)}
     sizes["critic"] = (3 * 64 + 64) + (64 * 64 + 64) + (64 + 1)
     assert sum(p.numel() for p in policy.parameters()) == sizes["policy"] + 2
-    if script is ppo_continuous:
-        annealed = make_policy(script, log_std_final=-3.0)
-        assert sum(p.numel() for p in annealed.parameters()) == sizes["policy"]
+    annealed = make_policy(script, log_std_final=-3.0)
+    assert sum(p.numel() for p in annealed.parameters()) == sizes["policy"]
     assert sum(p.numel() for p in critic.parameters()) == sizes["critic"]
     for net, last_gain in ((policy.mean_net, 0.01), (critic.value_net, 1.0)):
         layers = [layer for layer in net if isinstance(layer, torch.nn.Linear)]
@@ -580,7 +584,8 @@ def with_state_dependent_sigma():
     [
         (ppo_continuous, {"log_std_final": None}),
         (ppo_continuous, {"log_std_final": -3.0}),
-        (trpo_continuous, {}),
+        (trpo_continuous, {"log_std_final": None}),
+        (trpo_continuous, {"log_std_final": -3.0}),
     ],
 )
 def test_a_sigma_that_depends_on_the_state_is_a_patch_of_policy_alone(

@@ -173,7 +173,7 @@ CHOICES = [
     (ppo, {"surrogate": "kl-fixed", "clip_vloss": True}),
     (ppo, {"log_std_final": None, "ent_coef": 0.01, "gamma_final": 0.9}),
     (ppo, {"recompute_advantages": False, "norm_obs": False, "norm_reward": False}),
-    (trpo_continuous, {"step": "truncated", "fisher_subsample": 0.2}),
+    (trpo_continuous, {"step": "truncated", "fisher_subsample": 0.2, "log_std_final": None}),
     (trpo_continuous, {"step": "natural", "norm_adv": False, "anneal_lr": False}),
     (trpo_continuous, {"return_floor": 0.5, "norm_obs": False}),
     (ppo_atari, CATCH | {"bf16": True, "clip_vloss": True}),

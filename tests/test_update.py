@@ -1331,19 +1331,20 @@ def test_gamma_is_annealed(script):
     assert [row["gamma"] for row in rows] == pytest.approx([0.9, 0.9225, 0.945, 0.9675])
 
 
-def test_sigma_is_annealed_on_a_line_in_ppo():
-    args = make_args(ppo, total_timesteps=256)
-    rows = list(ppo.ppo(args))
-    first = math.exp(args.log_std_init)
-    last = math.exp(args.log_std_final)
+@each_continuous
+def test_sigma_is_annealed_on_a_line(script):
+    args = make_args(script, total_timesteps=256, log_std_init=-1.0, log_std_final=-3.0)
+    rows = list(script.GENERATOR(args))
+    first, last = math.exp(-1), math.exp(-3)
     stds = [first + i / 4 * (last - first) for i in range(4)]
+    if script is trpo:
+        stds = [math.exp(-1 - 2 * i / 4) for i in range(4)]
     assert [row["action_std"] for row in rows] == pytest.approx(stds, rel=1e-5)
 
 
 @each_continuous
 def test_sigma_is_learned_if_not_annealed(script):
-    flags = {"log_std_final": None} if script is ppo else {}
-    args = make_args(script, total_timesteps=192, log_std_init=-0.3, **flags)
+    args = make_args(script, total_timesteps=192, log_std_init=-0.3, log_std_final=None)
     state = {}
     stds = [metrics["action_std"] for metrics in script.GENERATOR(args, state)]
     (log_std,) = state["policy"]["log_std"].tolist()
@@ -1501,7 +1502,7 @@ def test_pixel_statistics_count_each_frame_once_and_follow_the_update(monkeypatc
 
 
 def test_kl_iteration_is_the_kl_between_the_policies_before_and_after(monkeypatch):
-    """All that changes π counts: the step and the statistics of observations."""
+    """All that changes π counts: the step, the statistics of observations, the annealing of σ."""
     before = []
     states = []
     collect = trpo.collect
