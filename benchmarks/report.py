@@ -177,7 +177,7 @@ def with_peers(suite: str) -> dict[str, np.ndarray]:
     tasks, peers = peer_tasks(), normalized("mujoco-peers")
     few = normalized(suite, tasks)
     for ours, theirs in PEER_OF.items():
-        if ours in few and theirs in peers:
+        if ours in few and theirs in peers and few[ours].shape[1] == len(tasks):
             data[f"{ours}, {len(tasks)} tasks"] = few[ours]
             data[f"{PEER_NAMES[theirs]}, {len(tasks)} tasks"] = peers[theirs]
     return data
@@ -489,9 +489,9 @@ def front_table() -> str:
     speeds = speed_files()
     for script in ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"):
         score, pair = "", ""
-        if script in whole:
+        if script in whole and whole[script].shape[1] == 9:
             score = f"{iqm(whole[script].ravel()):.2f}"
-        if script in few and PEER_OF[script] in peers:
+        if script in few and PEER_OF[script] in peers and few[script].shape[1] == len(peer_tasks()):
             pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in (few[script], peers[PEER_OF[script]]))
         task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
         ratios = speed_ratios(speeds.get((script, task), []))
