@@ -288,7 +288,8 @@ def acer_gradient(
 ) -> Tensor:
     """ACER eqs. 9-10: g, the gradient with respect to the probabilities π, with an entropy bonus.
 
-    q_ret and actions are (…,), the others (…, A). Returns (…, A).
+    Without `bias_correction` the second term of eq. 9 is left out. q_ret and actions are (…,), the
+    others (…, A). Returns (…, A).
     """
     g = truncated_gradient(probs, q, q_ret, actions, mu, trunc_c)
     if bias_correction:
@@ -768,7 +769,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # The frame number falls only when a new game begins: to 0, or to at most 30 no-ops
+        # The frame number falls only when a new game starts (at 0 to 30, after the no-ops)
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -792,7 +793,7 @@ class AtariEnvs:
 class Segment(NamedTuple):
     """T steps in each of N environments, under the policy μ of their time."""
 
-    obs: Tensor  # (T+1, N, O)  s_0 to s_T. After an episode ends, the first of the next one
+    obs: Tensor  # (T+1, N, O)  s_0 to s_T. An ended episode is followed by the next one
     actions: Tensor  # (T, N)
     mu: Tensor  # (T, N, A)  μ(·|s_t)
     rewards: Tensor  # (T, N)

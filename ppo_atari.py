@@ -468,7 +468,7 @@ def ppo_loss(
         "policy_loss": -surrogate,
         "value_loss": vf_loss,
         "entropy": entropy,
-        "approx_kl": kl.mean(),  # the usual name, but exact. Before the step of this minibatch
+        "approx_kl": kl.mean(),  # the exact KL before this step. approx_kl is its usual name
         "clipfrac": ((ratio - 1).abs() > eps_clip).float().mean(),
     }
     return -(surrogate - args.vf_coef * vf_loss + args.ent_coef * entropy), metrics
@@ -779,7 +779,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # The frame number falls only when a new game begins: to 0, or to at most 30 no-ops
+        # The frame number falls only when a new game starts (at 0 to 30, after the no-ops)
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -1189,7 +1189,7 @@ def ppo(
         episodes = Episodes(args.num_envs, state.get("episodes", ()))
         running_sum = torch.zeros(len(envs.obs), dtype=torch.float64)
         train_step = compile_step(minibatch_step)
-        # An image is a stack of the last 4 frames: every fourth image has each frame once
+        # Images are stacks of the last 4 frames. Every fourth image shows each frame once.
         stride = FRAME_STACK if args.images else 1
 
         while step + args.batch_size <= args.total_timesteps:

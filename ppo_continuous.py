@@ -187,7 +187,7 @@ PAPER = {  # --paper: PPO section 6.1 and Table 3
     "recompute_advantages": False,  # once per iteration
     "max_grad_norm": math.inf,  # the paper does not mention gradient clipping
     "orthogonal_init": False,  # the paper names no initialization
-    "log_std_init": 0.0,  # the paper names none for MuJoCo
+    "log_std_init": 0.0,  # the paper names no initial σ for MuJoCo
     "log_std_final": None,  # σ is learned. Only Table 4 (Roboschool) anneals it, on a line in log σ
 }
 
@@ -434,7 +434,7 @@ def ppo_loss(
         "policy_loss": -surrogate,
         "value_loss": vf_loss,
         "entropy": entropy,
-        "approx_kl": kl.mean(),  # the usual name, but exact. Before the step of this minibatch
+        "approx_kl": kl.mean(),  # the exact KL before this step. approx_kl is its usual name
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
     return -(surrogate - vf_loss + args.ent_coef * entropy), metrics

@@ -162,7 +162,8 @@ class AlgorithmArgs:
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True
     log_std_init: float = -1.0  # log σ at the start
-    # log σ at the end, reached on a straight line. None: σ is learned, from log_std_init
+    # log σ at the end, reached on a straight line in log σ. None: σ is learned, from log_std_init.
+    # The line moves π outside the step. Each iteration adds a KL of about A (change of log σ)²
     log_std_final: float | None = -2.5
 
 
@@ -471,7 +472,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # Copied: views of theta, if not aligned as in a loaded policy, would round differently.
+        # This copies. A view of theta can be aligned in another way, and then rounds differently.
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
@@ -487,7 +488,7 @@ def policy_step(
     return {
         "policy_loss": -(surrogate_old + gain).item(),
         "surrogate_gain": gain.item(),
-        "approx_kl": kl.item(),  # the usual name, but exact
+        "approx_kl": kl.item(),  # the exact KL. approx_kl is its usual name
         "max_kl": math.nan if args.step == "natural" else max_kl,
         "rejected": float(not accepted),
         "step_fraction": ((theta - theta_old).norm() / full_step.norm()).item(),
@@ -1236,14 +1237,13 @@ def trpo(
             if not first:
                 stats = policy.obs_stats.get_extra_state()
                 policy.obs_stats.update(raw.obs.flatten(0, 1))
-                # The step may use all of δ. Statistics that would then move π by more than 1.1 δ
-                # are not taken over.
+                # The step may use all of δ. Statistics are left out if they and the step would move
+                # π by more than 1.1 δ.
                 kl = kl_between(before, policy(raw.obs))
                 if args.step == "trpo" and kl > 1.1 * args.max_kl:
                     policy.obs_stats.set_extra_state(stats)
             step += args.batch_size
-            # σ of the next iteration. This moves π by a KL of about A (change of log σ)².
-            policy.anneal(step / args.planned_steps)
+            policy.anneal(step / args.planned_steps)  # σ of the next iteration
             metrics["kl_iteration"] = kl_between(before, policy(raw.obs))
 
             state.update({name: module.state_dict() for name, module in modules.items()})
