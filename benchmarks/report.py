@@ -17,7 +17,7 @@ from scipy.stats import bootstrap, trim_mean
 from tqdm import tqdm
 
 from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
-from benchmarks.suites import SUITES
+from benchmarks.suites import NINE, SUITES
 
 RESAMPLES = 1000
 PAPERS = {"PPO": "1707.06347", "TRPO": "1502.05477", "ACER": "1611.01224"}
@@ -149,7 +149,7 @@ def steps_table(suite: str) -> str:
 def normalized(suite: str, tasks: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """label -> (seeds, tasks): random policy 0, published reference 1; of tasks with as many seeds as most, or more.
 
-    `tasks` leaves out all others.
+    With `tasks`: of these alone, and of labels that have run all of them.
     """
     published, result = references(), {}
     for label, found in scores(suite).items():
@@ -158,6 +158,8 @@ def normalized(suite: str, tasks: tuple[str, ...] = ()) -> dict[str, np.ndarray]
         if kept:
             seeds = mode([len(found[t]) for t in kept])
             kept = [t for t in kept if len(found[t]) >= seeds]
+            if tasks and len(kept) < len(tasks):
+                continue
             zero, one = (np.array([published[t, a] for t in kept]) for a in ("random", algorithm(label)))
             raw = np.array([found[t][:seeds] for t in kept]).T
             result[label] = (raw - zero) / (one - zero)
@@ -177,7 +179,7 @@ def with_peers(suite: str) -> dict[str, np.ndarray]:
     tasks, peers = peer_tasks(), normalized("mujoco-peers")
     few = normalized(suite, tasks)
     for ours, theirs in PEER_OF.items():
-        if ours in few and theirs in peers and few[ours].shape[1] == len(tasks):
+        if ours in few and theirs in peers:
             data[f"{ours}, {len(tasks)} tasks"] = few[ours]
             data[f"{PEER_NAMES[theirs]}, {len(tasks)} tasks"] = peers[theirs]
     return data
@@ -485,13 +487,13 @@ def front_table() -> str:
     """Markdown: what a script is, how good and how fast it is beside its peer, and how long."""
     head = "| script | paper | score, 9 tasks | score on 4 tasks: script, peer | times the peer's steps/s | with EnvPool"
     lines = [f"{head} | lines to read |", "|---" * 7 + "|"]
-    whole, few, peers = normalized("mujoco"), normalized("mujoco", peer_tasks()), normalized("mujoco-peers")
+    whole, few, peers = normalized("mujoco", NINE), normalized("mujoco", peer_tasks()), normalized("mujoco-peers")
     speeds = speed_files()
     for script in ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"):
         score, pair = "", ""
-        if script in whole and whole[script].shape[1] == 9:
+        if script in whole:
             score = f"{iqm(whole[script].ravel()):.2f}"
-        if script in few and PEER_OF[script] in peers and few[script].shape[1] == len(peer_tasks()):
+        if script in few and PEER_OF[script] in peers:
             pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in (few[script], peers[PEER_OF[script]]))
         task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
         ratios = speed_ratios(speeds.get((script, task), []))

@@ -370,6 +370,9 @@ def test_scores_are_normalized_task_by_task(report):
 
     (scores,) = report.normalized("mine").values()  # C has one seed only
     np.testing.assert_allclose(scores, [[0, 0], [1, 1], [2, 0.5], [1.5, 2]])
+    (scores,) = report.normalized("mine", ("B-v0",)).values()
+    np.testing.assert_allclose(scores, [[0], [1], [0.5], [2]])
+    assert not report.normalized("mine", ("B-v0", "D-v0"))  # D has not run
 
 
 def test_interquartile_mean_and_interval(report):
