@@ -15,6 +15,8 @@ import tyro
 from benchmarks.runner import (
     ROOT,
     BenchmarkError,
+    Job,
+    missing,
     progress,
     read_index,
     run_jobs,
@@ -25,32 +27,33 @@ from benchmarks.runner import (
 
 
 @dataclass
-class Run:
-    """Train what is not done yet; the same command goes on after a Ctrl-C, a crash or a kill."""
-
+class Choice:
     suite: str  # a name of benchmarks/suites.py
     seeds: str = "1-3"  # for example 1-5 or 1,3,7-9
-    only: tuple[str, ...] = ()  # labels, for example ppo_continuous; default all of the suite
-    tasks: tuple[str, ...] = ()  # Gymnasium ids; default all of the suite
-    workers: int = 2  # runs at a time, one thread each
-    ray: str | None = None  # send the runs to a Ray cluster instead: auto (the one of this machine) or its address
-    retry: bool = False  # try failed runs again
-    dry_run: bool = False  # print one command line a run; once they are done, the same without this flag records them
+    only: tuple[str, ...] = ()  # labels, such as ppo_continuous. None given: all of the suite
+    tasks: tuple[str, ...] = ()  # Gymnasium ids. None given: all of the suite
 
 
 @dataclass
-class Status:
-    """How far the runs of a suite are."""
+class Run(Choice):
+    """Train what is not done. The same command goes on after Ctrl-C, a crash or a kill."""
 
-    suite: str  # a name of benchmarks/suites.py
-    seeds: str = "1-3"  # for example 1-5 or 1,3,7-9
-    only: tuple[str, ...] = ()  # labels; default all of the suite
-    tasks: tuple[str, ...] = ()  # Gymnasium ids; default all of the suite
+    workers: int = 2  # runs at a time, one thread each
+    # send the runs to a Ray cluster: auto is the one of this machine, or give HOST:PORT
+    ray: str | None = None
+    retry: bool = False  # try failed runs again
+    # print one command a run, for a scheduler. The same without this flag then records the runs
+    dry_run: bool = False
+
+
+@dataclass
+class Status(Choice):
+    """Print how far the runs of a suite are, and their scores."""
 
 
 @dataclass
 class Report:
-    """Write tables into the README files and pictures into benchmarks/results, from the stored results."""
+    """Write the tables of the README files and the pictures, from the stored results."""
 
 
 Command = (
@@ -60,32 +63,51 @@ Command = (
 )
 
 
-def main() -> int:
-    command = tyro.cli(Command, description=__doc__)
-    if isinstance(command, Report):
-        try:
-            from benchmarks.report import write_report
-        except ModuleNotFoundError as error:
-            raise BenchmarkError(f"{error.name} is missing: pip install -r benchmarks/requirements.txt") from error
-        for path in write_report():
-            print(path.relative_to(ROOT))
+def run(command: Run, jobs: list[Job]) -> int:
+    """Returns the exit code."""
+    if command.workers < 1:
+        raise BenchmarkError(f"--workers {command.workers}: one or more")
+    if command.dry_run:
+        for job in jobs:
+            print(f"{job.command} --run-dir {job.folder.relative_to(ROOT)}")
         return 0
-    jobs = select(command.suite, command.seeds, command.only, command.tasks)
-    if isinstance(command, Run):
-        if command.workers < 1:
-            raise BenchmarkError(f"--workers {command.workers}: one or more")
-        if command.dry_run:
-            print("\n".join(f"{job.command} --run-dir {job.folder.relative_to(ROOT)}" for job in jobs))
-            return 0
-        return run_jobs(jobs, command.workers, command.retry, command.ray)
-    done = {row["key"] for row in read_index(command.suite)}
+    return run_jobs(jobs, command.workers, command.retry, command.ray)
+
+
+def print_status(suite: str, jobs: list[Job]) -> None:
+    done = {row["key"] for row in read_index(suite)}
     states = {job: state(job, done) for job in jobs}
     for job, what in states.items():
-        detail = f"{progress(job):,} steps" if what == "half-done" else score(job) if what == "done" else ""
-        if what == "failed":
+        detail = ""
+        if what == "done":
+            detail = score(job)
+        elif what == "half-done":
+            detail = f"{progress(job):,} steps"
+        elif what == "failed":
             detail = " / ".join(job.error.read_text().splitlines()[-2:])
         print(f"{what:10} {job.name:60} {detail}".rstrip())
     print(", ".join(f"{count} {what}" for what, count in Counter(states.values()).items()))
+
+
+def report() -> None:
+    try:
+        from benchmarks.report import write_report
+    except ModuleNotFoundError as error:
+        raise missing(error.name) from error
+    for path in write_report():
+        print(path.relative_to(ROOT))
+
+
+def main() -> int:
+    """Returns the exit code."""
+    command = tyro.cli(Command, description=__doc__)
+    if isinstance(command, Report):
+        report()
+        return 0
+    jobs = select(command.suite, command.seeds, command.only, command.tasks)
+    if isinstance(command, Run):
+        return run(command, jobs)
+    print_status(command.suite, jobs)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Runs of a suite as tasks of a Ray cluster: one task and one core a run.
+"""Runs of a suite as tasks of a Ray cluster, one core each.
 
-Every node needs the packages of requirements.txt. It gets the code from the machine that this starts on, and what a run
-leaves comes back to that machine, into the same run folder, CSV and index as without Ray.
+Every node needs the packages of requirements.txt. It gets the code and the files of half-done runs
+from the machine that starts this. What a run leaves comes back to that machine.
 """
 
 import os
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from tqdm import tqdm
@@ -22,7 +23,6 @@ from benchmarks.runner import (
     code_hash,
     commit,
     record,
-    say_where,
     score,
     stop_on_signals,
 )
@@ -30,47 +30,70 @@ from benchmarks.runner import (
 LEFT_OUT = [".git", "runs", "tests", "benchmarks/results"]  # of what a node gets
 
 
-def train(job: Job, files: dict[str, bytes], at_commit: str) -> tuple[int, str, dict[str, bytes], dict[str, str], str]:
-    """One run, on a node, from the files of its folder.
+class Outcome(NamedTuple):
+    """What comes back from a node."""
 
-    -> exit code, last lines of its output, and of a finished run the files, the row of index.csv and the curve
+    code: int  # exit code of the run
+    text: str = ""  # last lines of the output of a failed run
+    files: dict[str, bytes] = {}  # the run folder of a finished run
+    row: dict[str, str] = {}  # its row of index.csv
+    curve: str = ""  # its learning curve
+
+
+def run_on_ray(jobs: list[Job], address: str) -> int:
+    """Train these jobs on the cluster at `address`. Returns the exit code.
+
+    Half-done runs go on from their checkpoint on this machine. Those of a lost node do so again on
+    another one. Ctrl-C cancels what is not done. Raises BenchmarkError if there is no cluster.
     """
-    if code_hash(job.script) != job.code:
-        return 1, f"{job.script.name} has changed since this command began: run it again", {}, {}, ""
-    with tempfile.TemporaryDirectory() as parent:  # another try may still be writing into its own
-        folder = Path(parent, "run")
-        if "checkpoint.pt" in files:
-            keep(folder, files)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(job.argv(folder), cwd=ROOT, env=environment, **options)
-        try:
-            output, _ = process.communicate()
-        finally:  # Ray raises KeyboardInterrupt to cancel
-            process.kill()
-        code = process.returncode
-        if code != 0:
-            return code, " / ".join([*output.strip().splitlines()[-4:], f"exit code {code}"]), {}, {}, ""
-        files = read(folder)
-    keep(job.folder, files)
-    row = record(job, at_commit)
-    return 0, "", files, row, job.curve.read_text()
+    connect(address)
+    task = ray.remote(num_cpus=1, max_retries=-1)(train)
+    at_commit = commit()
+    failed = False
+    bar = tqdm(total=len(jobs), unit="run", disable=None)
+    with stop_on_signals() as stop, bar:
+        running = {task.remote(job, read(job.folder), at_commit): job for job in jobs}
+        while running and not stop.is_set():
+            finished, _ = ray.wait(list(running), num_returns=len(running), timeout=0.5)
+            for reference in finished:
+                job = running.pop(reference)
+                try:
+                    outcome = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    outcome = Outcome(1, str(error).splitlines()[-1])
+                failed = failed or outcome.code != 0
+                store(job, outcome)
+                bar.update()
+        if running:
+            tqdm.write(f"stopping: {len(running)} runs are cancelled. What they have done is lost")
+            for reference in running:
+                ray.cancel(reference)
+            ray.wait(list(running), num_returns=len(running), timeout=10)  # for the nodes to end
+    ray.shutdown()
+    if stop.is_set():
+        return 130
+    return 1 if failed else 0
 
 
-def read(folder: Path) -> dict[str, bytes]:
-    """The files of a run folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
-
-
-def keep(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files of a run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def connect(address: str) -> None:
+    """Connect to the cluster at `address`. Raises BenchmarkError."""
+    try:
+        check_address(address)
+        environment = {"working_dir": str(ROOT), "excludes": LEFT_OUT}
+        ray.init(address, runtime_env=environment, log_to_driver=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        hint = "`ray start --head`, and `ray start --address HOST:6379` on the other machines"
+        raise BenchmarkError(
+            f"--ray {address}: no cluster there ({reason}). Start one with {hint}"
+        ) from error
 
 
 def check_address(address: str) -> None:
-    """Raise OSError if nothing answers at HOST:PORT, as Ray would try for minutes, and ValueError for an empty one."""
+    """Raise OSError if nothing answers at HOST:PORT, where Ray would try for minutes.
+
+    Raises ValueError for an empty address.
+    """
     if not address:
         raise ValueError("write auto or HOST:PORT")
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -78,52 +101,62 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def run_on_ray(jobs: list[Job], address: str) -> int:
-    """Train these jobs on the cluster at `address`; -> the exit code. Ctrl-C cancels what is not done.
+def train(job: Job, files: dict[str, bytes], at_commit: str) -> Outcome:
+    """Train one run on a node. `files` are those of its folder so far."""
+    if code_hash(job.script) != job.code:
+        text = f"{job.script.name} has changed since this command began: run it again"
+        return Outcome(1, text)
+    with tempfile.TemporaryDirectory() as parent:  # another try may still be writing into its own
+        folder = Path(parent, "run")
+        if "checkpoint.pt" in files:
+            write(folder, files)
+        process = subprocess.Popen(
+            job.argv(folder),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            output, _ = process.communicate()
+        finally:  # Ray raises KeyboardInterrupt to cancel
+            process.kill()
+        code = process.returncode
+        if code != 0:
+            lines = [*output.strip().splitlines()[-4:], f"exit code {code}"]
+            return Outcome(code, " / ".join(lines))
+        files = read(folder)
+    write(job.folder, files)
+    row = record(job, at_commit)
+    return Outcome(0, "", files, row, job.curve.read_text())
 
-    Half-done runs go on from their checkpoint on this machine. Those of a lost node do so again on another one.
-    """
-    try:
-        check_address(address)
-        ray.init(address, runtime_env={"working_dir": str(ROOT), "excludes": LEFT_OUT}, log_to_driver=False)
-    except (OSError, ValueError) as error:
-        hint = "start one with `ray start --head`, and `ray start --address HOST:6379` on the other machines"
-        raise BenchmarkError(f"--ray {address}: no cluster there ({str(error).splitlines()[0]}). {hint}") from error
-    task = ray.remote(num_cpus=1, max_retries=-1)(train)
-    at_commit, failed = commit(), 0
-    with stop_on_signals() as stop, tqdm(total=len(jobs), unit="run", disable=None) as bar:
-        running = {task.remote(job, read(job.folder), at_commit): job for job in jobs}
-        while running and not stop.is_set():
-            finished, _ = ray.wait(list(running), num_returns=len(running), timeout=0.5)
-            for reference in finished:
-                job = running.pop(reference)
-                try:
-                    code, text, files, row, curve = ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    code, text = 1, str(error).splitlines()[-1]
-                job.error.unlink(missing_ok=True)
-                if code == 0:
-                    keep(job.folder, files)
-                    job.curve.parent.mkdir(parents=True, exist_ok=True)
-                    job.curve.write_text(curve)
-                    append(job.suite, row)
-                    tqdm.write(f"done: {job.command}\n  {score(job)}")
-                else:
-                    failed += 1
-                    if code > 0:
-                        job.error.parent.mkdir(parents=True, exist_ok=True)
-                        job.error.write_text(f"{text}\n")
-                    else:
-                        text = f"killed by {signal.Signals(-code).name}; the same command tries again"
-                    tqdm.write(f"failed: {job.command}\n  {text}")
-                bar.update()
-        if running:
-            tqdm.write(f"stopping: {len(running)} runs are cancelled. What they have done is lost")
-        for reference in running:
-            ray.cancel(reference)
-        if running:  # until the nodes have ended them
-            ray.wait(list(running), num_returns=len(running), timeout=10)
-    ray.shutdown()
-    if jobs:
-        say_where(jobs[0].suite)
-    return 130 if stop.is_set() else 1 if failed else 0
+
+def store(job: Job, outcome: Outcome) -> None:
+    """Keep what came back from a node, and tell it."""
+    job.error.unlink(missing_ok=True)
+    text = outcome.text
+    if outcome.code == 0:
+        write(job.folder, outcome.files)
+        write(job.curve.parent, {job.curve.name: outcome.curve.encode()})
+        append(job.suite, outcome.row)
+        tqdm.write(f"done: {job.command}\n  {score(job)}")
+        return
+    if outcome.code > 0:
+        write(job.error.parent, {job.error.name: f"{text}\n".encode()})
+    else:
+        name = signal.Signals(-outcome.code).name
+        text = f"killed by {name}; the same command tries again"
+    tqdm.write(f"failed: {job.command}\n  {text}")
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    """Return the files of a run folder by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

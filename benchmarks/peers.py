@@ -1,10 +1,11 @@
-"""Train a peer as the scripts here are trained: same tasks, same run folder, same evaluator.
+"""Train a peer on the tasks of the scripts, into the same run folder, with the same evaluation.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/peers.py --peer sb3_ppo --env-id Hopper-v5 --seed 1 --run-dir runs/hopper
 
-The peers run with their own default hyperparameters and VecNormalize, one environment, 1,000,000 steps. What they
-learned is evaluated by this repository's `evaluate`, on raw rewards with the statistics frozen. They are not resumed.
+The peers run with their own default flags and VecNormalize in one environment, for 1,000,000 steps.
+`evaluate` of this repository then measures the policies, on raw rewards with constant statistics.
+They are not resumed.
 """
 
 import csv
@@ -27,15 +28,16 @@ sys.path.insert(0, str(ROOT))
 @dataclass
 class Args:
     run_dir: str  # folder of this run, not existing yet
-    peer: Literal["sb3_ppo", "sb3_trpo"] = "sb3_ppo"  # Stable-Baselines3's PPO or sb3-contrib's TRPO
+    # PPO of Stable-Baselines3 or TRPO of sb3-contrib
+    peer: Literal["sb3_ppo", "sb3_trpo"] = "sb3_ppo"
     env_id: str = "Hopper-v5"  # Gymnasium id
     seed: int = 1  # seed of everything random
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts by the peer
-    eval_episodes: int = 100  # episodes of the evaluation, deterministic and sampled each
+    eval_episodes: int = 100  # evaluation episodes with mean actions, and as many with sampled ones
 
 
 def train(args: Args) -> None:
-    """Train, evaluate, and leave progress.csv and eval.json in the run folder."""
+    """Train and evaluate. Writes progress.csv and eval.json into the run folder."""
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
@@ -56,7 +58,9 @@ def train(args: Args) -> None:
         returns: deque = deque(maxlen=100)
 
         def _on_step(self) -> bool:
-            self.returns.extend(info["episode"]["r"] for info in self.locals["infos"] if "episode" in info)
+            self.returns.extend(
+                info["episode"]["r"] for info in self.locals["infos"] if "episode" in info
+            )
             return True
 
         def _on_rollout_end(self) -> None:

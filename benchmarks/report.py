@@ -1,9 +1,10 @@
-"""Tables and pictures from the stored results, and nothing else."""
+"""Tables of the README files and pictures, made from the stored results alone."""
 
 import csv
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mode
@@ -16,223 +17,228 @@ from rliable import metrics
 from scipy.stats import bootstrap, trim_mean
 from tqdm import tqdm
 
-from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, script_path
+from benchmarks.runner import RESULTS, ROOT, Job, code_hash, read_index, run_name, script_path
 from benchmarks.suites import NINE, SUITES
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of each bootstrap
 PAPERS = {"PPO": "1707.06347", "TRPO": "1502.05477", "ACER": "1611.01224"}
+SCRIPTS = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
 PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
 PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}
-BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}  # Gymnasium's reward_threshold; Pong ends at 21
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
-SPEED_NAMES = {"default": "this script", "16 x 128": "this script", "bf16": "in bfloat16"}
-SPEED_NAMES |= {"EnvPool": "this script with EnvPool", "peer + EnvPool": "the peer with EnvPool"}
+# Gymnasium's reward_threshold. Pong ends at 21
+BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}
+SPEED_NAMES = {  # contestants of speed.py that the picture shows
+    "default": "this script",
+    "16 x 128": "this script",
+    "bf16": "in bfloat16",
+    "EnvPool": "this script with EnvPool",
+    "peer + EnvPool": "the peer with EnvPool",
+}
+# Okabe and Ito's colours, which colour-blind people can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#888888"
 STYLES = ("-", "--", "-.", ":")
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-READMES += (RESULTS / "speed" / "README.md", RESULTS / "tuning" / "README.md")
+READMES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    RESULTS / "speed" / "README.md",
+    RESULTS / "tuning" / "README.md",
+)
+
+
+# ---- Stored results ------------------------------------------------------------------------------
 
 
 def references() -> dict[tuple[str, str], float]:
-    """(task, algorithm) -> score, of references.csv; the algorithm `random` too."""
+    """Return references.csv: (task, algorithm) -> score. The algorithm `random` is there too."""
     rows = csv.DictReader((ROOT / "benchmarks" / "references.csv").open())
     return {(row["task"], row["algorithm"]): float(row["score"]) for row in rows}
 
 
 def algorithm(label: str) -> str:
-    """PPO, TRPO or ACER: whose published results a label is held against."""
+    """Return the algorithm whose published scores a label is held against."""
     return next(name for name in ("TRPO", "PPO", "ACER") if name.lower() in label)
 
 
 def scores(suite: str, column: str = "last100") -> dict[str, dict[str, list[float]]]:
-    """label -> task -> score of each seed, in the order of the suite."""
-    rows = read_index(suite)
-    order = dict.fromkeys((e.label, e.task) for e in SUITES[suite])
+    """Return label -> task -> score of each seed, in the order of the suite."""
+    rows = sorted(read_index(suite), key=lambda row: int(row["seed"]))
     found = defaultdict(dict)
-    for label, task in order:
-        mine = sorted((r for r in rows if (r["label"], r["task"]) == (label, task)), key=lambda r: int(r["seed"]))
-        if values := [float(r[column]) for r in mine if r[column]]:
-            found[label][task] = values
+    for entry in SUITES[suite]:
+        values = []
+        for row in rows:
+            if (row["label"], row["task"]) == (entry.label, entry.task) and row[column]:
+                values.append(float(row[column]))
+        if values:
+            found[entry.label][entry.task] = values
     return dict(found)
 
 
+def seeds_of(suite: str, label: str, task: str) -> list[int]:
+    """Return the seeds that have run."""
+    rows = read_index(suite)
+    return [int(row["seed"]) for row in rows if (row["label"], row["task"]) == (label, task)]
+
+
+def curves(suite: str, label: str, task: str) -> list[np.ndarray]:
+    """Return the learning curve (points, 3) of each seed.
+
+    The columns are the step, the mean return of the last 100 training episodes, and the largest
+    mean KL of an iteration since the point before. NaN where there is none.
+    """
+    found = []
+    for seed in seeds_of(suite, label, task):
+        rows = csv.DictReader((RESULTS / suite / f"{run_name(label, task, seed)}.csv").open())
+        columns = ("step", "episodic_return", "largest_kl_iteration")
+        points = [[row.get(name) or "nan" for name in columns] for row in rows]
+        found.append(np.array(points, float))
+    return found
+
+
+def speed_files() -> dict[tuple[str, str], list[dict[str, str]]]:
+    """Return (script, task) -> rows of results/speed. HalfCheetah is a script's first task."""
+    found = {}
+    for script in SCRIPTS:
+        paths = sorted((RESULTS / "speed").glob(f"{script}__*.csv"))
+        for path in sorted(paths, key=lambda path: "HalfCheetah" not in path.name):
+            _, task = path.stem.split("__")
+            found[script, task] = list(csv.DictReader(path.open()))
+    return found
+
+
+def speed_ratios(rows: list[dict[str, str]]) -> dict[str, list[float]]:
+    """Return contestant -> its steps/s in each repetition, divided by the peer's in the same."""
+    runs = defaultdict(dict)  # contestant -> repetition -> steps/s
+    for row in rows:
+        runs[row["contestant"]][row["repetition"]] = float(row["steps_per_second"])
+    if not runs:
+        return {}
+    peer = runs[rows[0]["contestant"]]  # the peer starts the first repetition
+    ratios = defaultdict(list)
+    for name, found in runs.items():
+        for repetition, speed in found.items():
+            if repetition in peer:
+                ratios[name].append(speed / peer[repetition])
+    return dict(ratios)
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds; of three seeds it is their range, and covers less than 95 %."""
+    """Return the 95 % bootstrap interval of the mean over seeds.
+
+    Of three seeds it is their range, and covers less than 95 %.
+    """
     if len(set(values)) == 1:
         return values[0], values[0]
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def cell(values: list[float] | None) -> str:
-    """mean [interval] (number of seeds), with one decimal below 100."""
-    if not values:
-        return ""
-    digits = 0 if abs(np.mean(values)) >= 100 else 1
-    low, high = interval(values)
-    spread = f" [{low:,.{digits}f}, {high:,.{digits}f}]" if len(values) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{spread} ({len(values)})"
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return the interquartile mean: the mean of the middle half."""
+    return trim_mean(values, 0.25, axis)
 
 
-def versus_table(ours: str) -> str:
-    """Markdown: a row for each task of `mujoco`: a script, its peer, and the best published score."""
-    theirs, published = PEER_OF[ours], references()
-    columns = [
-        scores(suite, column).get(label, {})
-        for suite, label in (("mujoco", ours), ("mujoco-peers", theirs))
-        for column in ("last100", "deterministic")
-    ]
-    names = [f"{name}, {what}" for name in (f"`{ours}.py`", PEER_NAMES[theirs]) for what in ("training", "mean actions")]
-    lines = [f"| task | {' | '.join(names)} | published |", "|---" * 6 + "|"]
-    for task in columns[0]:
-        cells = [cell(column.get(task)) for column in columns]
-        value = published[task, algorithm(ours)]
-        lines.append(f"| {task} | {' | '.join(cells)} | {value:,.{0 if abs(value) >= 100 else 1}f} |")
-    return "\n".join(lines) if columns[0] else ""
+def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return label -> scores (seeds, tasks): a random policy is 0, the published reference 1.
 
-
-def runs_table(suite: str) -> str:
-    """Markdown: a row for each run, for suites of few and long ones that differ in steps."""
-    lines = ["| command | steps | last 100 training episodes | deterministic | sampled | hours |", "|---" * 6 + "|"]
-    for row in read_index(suite):
-        scores = [f"{float(row[mode]):.1f}" if row[mode] else "" for mode in ("last100", "deterministic", "sampled")]
-        hours = f"{float(row['seconds']) / 3600:.1f}"
-        lines.append(f"| `{row['command']}` | {int(row['steps']):,} | {' | '.join(scores)} | {hours} |")
-    return "\n".join(lines)
-
-
-def worst_drop(rows: np.ndarray, zero: float) -> float:
-    """The lowest ratio of the return to its best so far, both above `zero`, a random policy's, from step 300,000 on.
-
-    rows (points, 2) -> 1 where it never fell.
+    Without `tasks`: of the tasks that have as many seeds as most have, or more. With `tasks`: of
+    these alone, and of the labels that have run all of them.
     """
-    rows = rows[~np.isnan(rows[:, 1])]
-    gained = rows[:, 1] - zero
-    ratios = gained / np.maximum.accumulate(gained)
-    return min([1.0, *ratios[rows[:, 0] >= 300_000].tolist()])
-
-
-def trust_table(suite: str) -> str:
-    """Markdown, for TRPO: the largest mean KL of any iteration and the lowest return as a share of its best so far.
-
-    Runs that did not measure the KL of the iteration are left out.
-    """
-    lines = ["| task | largest mean KL of an iteration | lowest / best so far, after step 300,000 |", "|---|---|---|"]
-    for task in dict.fromkeys(e.task for e in SUITES[suite]):
-        runs = [r for r in read_index(suite) if r["task"] == task and r["script"] == "trpo_continuous"]
-        if runs:
-            curves = [curve(suite, r["label"], task, int(r["seed"])) for r in runs]
-            curves = [c for c in curves if not np.isnan(c[:, 2]).any()]
-            if not curves:
-                continue
-            zero = references()[task, "random"]
-            kl, drop = max(c[:, 2].max() for c in curves), min(worst_drop(c[:, :2], zero) for c in curves)
-            lines.append(f"| {task} | {kl:.5f} | {drop:.2f} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def steps_table(suite: str) -> str:
-    """Markdown: steps after which the mean of the last 100 training episodes first reached the bar of BARS."""
-    tasks = [task for task in dict.fromkeys(e.task for e in SUITES[suite]) if task in BARS]
-    lines = [f"| | {' | '.join(f'steps to {BARS[t]} on {t}' for t in tasks)} |", "|---" * (len(tasks) + 1) + "|"]
-    for label, runs in scores(suite).items():
-        cells = []
-        for task in tasks:
-            seeds = [r["seed"] for r in read_index(suite) if (r["label"], r["task"]) == (label, task)]
-            curves = [curve(suite, label, task, int(seed)) for seed in seeds]
-            reached = [c[c[:, 1] >= BARS[task], 0][0] for c in curves if (c[:, 1] >= BARS[task]).any()]
-            some = f"{len(reached)} of {len(curves)} seeds reach it"
-            cells.append((cell(reached) if len(reached) == len(curves) else some) if task in runs else "")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines) if tasks else ""
-
-
-def normalized(suite: str, tasks: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """label -> (seeds, tasks): random policy 0, published reference 1; of tasks with as many seeds as most, or more.
-
-    With `tasks`: of these alone, and of labels that have run all of them.
-    """
-    published, result = references(), {}
+    published = references()
+    result = {}
     for label, found in scores(suite).items():
-        kept = [t for t in found if (t, algorithm(label)) in published and (t, "random") in published]
-        kept = [t for t in kept if not tasks or t in tasks]
-        if kept:
-            seeds = mode([len(found[t]) for t in kept])
-            kept = [t for t in kept if len(found[t]) >= seeds]
-            if tasks and len(kept) < len(tasks):
-                continue
-            zero, one = (np.array([published[t, a] for t in kept]) for a in ("random", algorithm(label)))
-            raw = np.array([found[t][:seeds] for t in kept]).T
-            result[label] = (raw - zero) / (one - zero)
+        name = algorithm(label)
+        kept = [t for t in found if (t, name) in published and (t, "random") in published]
+        if tasks:
+            kept = [t for t in kept if t in tasks]
+        if not kept:
+            continue
+        seeds = mode([len(found[t]) for t in kept])
+        kept = [t for t in kept if len(found[t]) >= seeds]
+        if tasks and len(kept) < len(tasks):
+            continue
+        raw = np.array([found[t][:seeds] for t in kept]).T  # (seeds, tasks)
+        zero = np.array([published[t, "random"] for t in kept])
+        one = np.array([published[t, name] for t in kept])
+        result[label] = (raw - zero) / (one - zero)
     return result
 
 
-def peer_tasks() -> tuple[str, ...]:
-    """The tasks that the peers run."""
-    return tuple(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
+def peer_tasks() -> list[str]:
+    """Return the tasks that the peers run."""
+    return list(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
 
 
 def with_peers(suite: str) -> dict[str, np.ndarray]:
-    """`normalized`; for `mujoco` also the peers, and the scripts on the peers' tasks alone."""
+    """`normalized`, and for `mujoco` also the peers and the scripts on the peers' tasks alone."""
     data = normalized(suite)
     if suite != "mujoco":
         return data
-    tasks, peers = peer_tasks(), normalized("mujoco-peers")
-    few = normalized(suite, tasks)
-    for ours, theirs in PEER_OF.items():
-        if ours in few and theirs in peers:
-            data[f"{ours}, {len(tasks)} tasks"] = few[ours]
-            data[f"{PEER_NAMES[theirs]}, {len(tasks)} tasks"] = peers[theirs]
+    tasks = peer_tasks()
+    ours = normalized(suite, tasks)
+    peers = normalized("mujoco-peers")
+    for script, peer in PEER_OF.items():
+        if script in ours and peer in peers:
+            data[f"{script}, {len(tasks)} tasks"] = ours[script]
+            data[f"{PEER_NAMES[peer]}, {len(tasks)} tasks"] = peers[peer]
     return data
 
 
 def estimates(data: dict, function: Callable) -> tuple[dict, dict]:
-    """Values of a function of the scores and their 95 % stratified bootstrap intervals, the same in every run."""
-    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever its argument random_state says
+    """Return values of a function of the scores and their 95 % stratified bootstrap intervals.
+
+    They are the same in every run.
+    """
+    np.random.seed(0)  # rliable draws from NumPy's global generator, whatever its argument says
     return rly.get_interval_estimates(data, function, reps=RESAMPLES)
 
 
-def aggregate_table(suite: str) -> str:
-    """Markdown: interquartile mean over all runs, 95 % stratified bootstrap intervals."""
-    data = with_peers(suite)
-    if not data:
-        return ""
-    lines = ["| | IQM [95 % interval] | tasks | seeds |", "|---|---|---|---|"]
-    points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
-    for label, x in data.items():
-        low, high = intervals[label][:, 0]
-        spread = f" [{low:.2f}, {high:.2f}]" if len(x) > 1 else ""
-        lines.append(f"| {label} | {points[label][0]:.2f}{spread} | {x.shape[1]} | {x.shape[0]} |")
-    return "\n".join(lines)
-
-
-def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: the mean of the middle half."""
-    return trim_mean(values, 0.25, axis)
+def iqm_estimates(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """Return label -> interquartile mean over all runs, and the ends of its interval."""
+    points, bounds = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    return {label: (float(points[label][0]), *map(float, bounds[label][:, 0])) for label in data}
 
 
 def candidates() -> dict[str, list[tuple[str, np.ndarray]]]:
-    """script -> (label, scores (pairs, 2)) of each candidate of the suite `tuning`, sorted by label: the default first.
+    """Return script -> (label, scores (pairs, 2)) of each candidate of the suite `tuning`.
 
-    A row has the scores of the candidate and of the default for one task and seed. A run's score is the mean of its
-    training and its deterministic score, normalized: random policy 0, published reference 1.
+    A row has the scores of the candidate and of the default for one task and seed. A run's score is
+    the mean of its training and its deterministic score, normalized. Sorted by label: the default
+    is first.
     """
-    published, runs = references(), defaultdict(dict)
+    published = references()
+    runs = defaultdict(dict)  # (script, label) -> (task, seed) -> score
     for row in read_index("tuning"):
         task = row["task"].removeprefix("envpool:")
-        zero, one = published[task, "random"], published[task, algorithm(row["label"])]
+        zero = published[task, "random"]
+        one = published[task, algorithm(row["label"])]
         score = (float(row["last100"]) + float(row["deterministic"])) / 2
         runs[row["script"], row["label"]][task, row["seed"]] = (score - zero) / (one - zero)
     found = defaultdict(list)
     for script, label in sorted(runs):
-        mine, default = runs[script, label], runs[script, algorithm(script).lower()]
-        pairs = sorted(mine.keys() & default.keys())
-        if pairs:
-            found[script].append((label, np.array([[mine[pair], default[pair]] for pair in pairs])))
+        mine = runs[script, label]
+        default = runs[script, algorithm(script).lower()]
+        both = sorted(mine.keys() & default.keys())
+        if both:
+            pairs = np.array([[mine[pair], default[pair]] for pair in both])
+            found[script].append((label, pairs))
     return dict(found)
 
 
 def difference(pairs: np.ndarray) -> tuple[float, float, float]:
-    """IQM of a candidate less that of the default, with its 95 % bootstrap interval over pairs. pairs (n, 2)."""
+    """Return the IQM of a candidate less that of the default, and the ends of its 95 % interval.
+
+    pairs (n, 2). The bootstrap draws pairs.
+    """
     mine, default = pairs.T
     value = float(iqm(mine) - iqm(default))
     if len(pairs) == 1 or np.array_equal(mine, default):
@@ -248,128 +254,280 @@ def difference(pairs: np.ndarray) -> tuple[float, float, float]:
     return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def tuning_table() -> str:
-    """Markdown: the IQM of each candidate, and its difference from the default's on the same tasks and seeds."""
-    lines = ["| candidate | flags | IQM | less the default's [95 % interval] | runs |", "|---|---|---|---|---|"]
-    pattern = re.compile(r" --seed \d+ (.*)--env-threads")
-    flags = {row["label"]: pattern.search(row["command"])[1].strip() for row in read_index("tuning")}
-    for rows in candidates().values():
-        for label, pairs in rows:
-            value, low, high = difference(pairs)
-            less = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if flags[label] else ""
-            shown = f"`{flags[label]}`" if flags[label] else "the default"
-            lines.append(f"| {label} | {shown} | {iqm(pairs[:, 0]):.2f} | {less} | {len(pairs)} |")
+def worst_drop(rows: np.ndarray, zero: float) -> float:
+    """Return the lowest ratio of the return to its best so far, from step 300,000 on.
+
+    Both are counted from `zero`, a random policy's return. rows (points, 2). 1 if it never fell.
+    """
+    rows = rows[~np.isnan(rows[:, 1])]
+    gained = rows[:, 1] - zero
+    ratios = gained / np.maximum.accumulate(gained)
+    return min([1.0, *ratios[rows[:, 0] >= 300_000].tolist()])
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, or nothing if there are no rows."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    rule = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *lines]) if lines else ""
+
+
+def number(value: float) -> str:
+    """Return a score with one decimal below 100."""
+    return f"{value:,.{0 if abs(value) >= 100 else 1}f}"
+
+
+def cell(values: list[float] | None) -> str:
+    """Return mean [interval] (number of seeds), with one decimal if the mean is below 100."""
+    if not values:
+        return ""
+    digits = 0 if abs(np.mean(values)) >= 100 else 1
+    text = f"{np.mean(values):,.{digits}f}"
+    if len(values) > 1:
+        low, high = interval(values)
+        text += f" [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{text} ({len(values)})"
+
+
+def versus_table(ours: str) -> str:
+    """A row for each task of `mujoco`: a script, its peer, and the best published score."""
+    peer = PEER_OF[ours]
+    published = references()
+    head = ["task"]
+    columns = []  # task -> scores, for each column of the table but the first and the last
+    for suite, label, name in (
+        ("mujoco", ours, f"`{ours}.py`"),
+        ("mujoco-peers", peer, PEER_NAMES[peer]),
+    ):
+        for column, what in (("last100", "training"), ("deterministic", "mean actions")):
+            head.append(f"{name}, {what}")
+            columns.append(scores(suite, column).get(label, {}))
+    rows = []
+    for task in columns[0]:
+        cells = [cell(column.get(task)) for column in columns]
+        rows.append([task, *cells, number(published[task, algorithm(ours)])])
+    return markdown([*head, "published"], rows)
+
+
+def runs_table(suite: str) -> str:
+    """A row for each run, for suites of few and long ones that differ in steps."""
+    head = ["command", "steps", "last 100 training episodes", "deterministic", "sampled", "hours"]
+    rows = []
+    for row in read_index(suite):
+        columns = ("last100", "deterministic", "sampled")
+        found = [f"{float(row[name]):.1f}" if row[name] else "" for name in columns]
+        hours = f"{float(row['seconds']) / 3600:.1f}"
+        rows.append([f"`{row['command']}`", f"{int(row['steps']):,}", *found, hours])
+    return markdown(head, rows)
+
+
+def trust_table(suite: str) -> str:
+    """For TRPO: the largest mean KL of any iteration, and the lowest return after its best.
+
+    Runs that did not measure the KL of the iteration are left out.
+    """
+    head = ["task", "largest mean KL of an iteration", "lowest / best so far, after step 300,000"]
+    rows = []
+    for task in dict.fromkeys(entry.task for entry in SUITES[suite]):
+        found = curves(suite, "trpo_continuous", task)
+        found = [points for points in found if not np.isnan(points[:, 2]).any()]
+        if found:
+            zero = references()[task, "random"]
+            largest = max(points[:, 2].max() for points in found)
+            drop = min(worst_drop(points[:, :2], zero) for points in found)
+            rows.append([task, f"{largest:.5f}", f"{drop:.2f}"])
+    return markdown(head, rows)
+
+
+def steps_table(suite: str) -> str:
+    """The steps after which the mean of 100 training episodes first reached the bar of BARS."""
+    tasks = dict.fromkeys(entry.task for entry in SUITES[suite] if entry.task in BARS)
+    head = ["", *[f"steps to {BARS[task]} on {task}" for task in tasks]]
+    rows = []
+    for label, runs in scores(suite).items():
+        cells = []
+        for task in tasks:
+            found = curves(suite, label, task)
+            above = [points[points[:, 1] >= BARS[task], 0] for points in found]
+            first = [steps[0] for steps in above if len(steps) > 0]
+            text = cell(first)
+            if len(first) < len(found):
+                text = f"{len(first)} of {len(found)} seeds reach it"
+            cells.append(text if task in runs else "")
+        rows.append([label, *cells])
+    return markdown(head, rows) if tasks else ""
+
+
+def aggregate_table(suite: str) -> str:
+    """Interquartile means over all runs."""
+    data = with_peers(suite)
+    rows = []
+    for label, (value, low, high) in iqm_estimates(data).items() if data else ():
+        seeds, tasks = data[label].shape
+        spread = f" [{low:.2f}, {high:.2f}]" if seeds > 1 else ""
+        rows.append([label, f"{value:.2f}{spread}", str(tasks), str(seeds)])
+    return markdown(["", "IQM [95 % interval]", "tasks", "seeds"], rows)
+
+
+def improvement_lines(ours: str, theirs: str) -> str:
+    """The probability that a run of a script scores higher than one of its peer on the same task.
+
+    `ours` and `theirs` are suites.
+    """
+    lines = []
+    for script, peer in PEER_OF.items():
+        mine = scores(ours).get(script, {})
+        other = scores(theirs).get(peer, {})
+        tasks = [task for task in other if task in mine]
+        if not tasks:
+            continue
+        sizes = [min(len(found[task]) for task in tasks) for found in (mine, other)]
+        a = np.array([mine[task][: sizes[0]] for task in tasks]).T
+        b = np.array([other[task][: sizes[1]] for task in tasks]).T
+        points, bounds = estimates({"pair": (a, b)}, metrics.probability_of_improvement)
+        value = float(np.ravel(points["pair"])[0])
+        low, high = np.ravel(bounds["pair"])
+        text = f"- P({script} > {peer}) = {value:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"{text}, {len(tasks)} tasks, {sizes[0]} against {sizes[1]} seeds")
     return "\n".join(lines)
 
 
-def plot_departures() -> None:
-    """What each departure of PPO from the paper buys: the IQM with all of them less the IQM without this one."""
-    rows = candidates().get("ppo_continuous", [])
-    rows = [(label, pairs) for label, pairs in rows if "-without-" in label and not label.endswith("-average")]
-    if not rows:
-        return
-    figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
-    for i, (_, pairs) in enumerate(rows):
-        value, low, high = (-x for x in difference(pairs))
-        axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=8, alpha=0.4, solid_capstyle="butt")
-        axis.plot([value], [i], "|", color=COLOURS[0], markersize=14, markeredgewidth=2)
-    axis.set_yticks(range(len(rows)), [label.split("-without-")[1] for label, _ in rows], fontsize=8)
-    axis.invert_yaxis()
-    axis.axvline(0, color="#888888", linewidth=0.8)
-    axis.set_xlabel("gain in normalized score (interquartile mean, 95 % interval)", fontsize=8)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.grid(axis="x", alpha=0.25)
-    save(figure, RESULTS / "tuning" / "departures")
-
-
-def improvement_lines(ours: str, theirs: str) -> list[str]:
-    """Probability that a run of a script scores higher than one of its peer on the same task."""
-    a, b = scores(ours), scores(theirs)
-    lines = []
-    for mine, other in PEER_OF.items():
-        tasks = [t for t in b.get(other, {}) if t in a.get(mine, {})]
-        if tasks:
-            sizes = [min(len(x[t]) for t in tasks) for x in (a[mine], b[other])]
-            pair = [np.array([x[t][:n] for t in tasks]).T for x, n in zip((a[mine], b[other]), sizes, strict=True)]
-            name = f"{mine},{other}"
-            point, bounds = estimates({name: tuple(pair)}, metrics.probability_of_improvement)
-            low, high = np.ravel(bounds[name])
-            text = f"- P({mine} > {other}) = {float(np.ravel(point[name])[0]):.2f} [{low:.2f}, {high:.2f}]"
-            lines.append(f"{text}, {len(tasks)} tasks, {sizes[0]} against {sizes[1]} seeds")
-    return lines
-
-
 def stale_line(suite: str) -> str:
-    """How many results come from another version of a script, or of its flags, than those in the tree."""
-    entries = {(e.label, e.task): e for e in SUITES[suite]}
-    hashes = {script: code_hash(script_path(script)) for script in {e.script for e in SUITES[suite]}}
-    old, runs = defaultdict(int), read_index(suite)
-    for row in runs:
+    """How many results are of another version of a script, or of other flags, than in the tree."""
+    entries = {(entry.label, entry.task): entry for entry in SUITES[suite]}
+    codes = {entry.script: code_hash(script_path(entry.script)) for entry in SUITES[suite]}
+    old = defaultdict(int)
+    rows = read_index(suite)
+    for row in rows:
         entry = entries[row["label"], row["task"]]
-        if Job(suite, entry, int(row["seed"]), hashes[entry.script]).key != row["key"]:
+        if Job(suite, entry, int(row["seed"]), codes[entry.script]).key != row["key"]:
             old[row["label"]] += 1
     if not old:
         return "All results are of the scripts as they are."
-    listed = ", ".join(f"{number} of {label}" for label, number in old.items())
-    return f"Of {len(runs)} runs {sum(old.values())} are of an older script or flags: {listed}."
+    listed = ", ".join(f"{count} of {label}" for label, count in old.items())
+    return f"Of {len(rows)} runs {sum(old.values())} are of an older script or flags: {listed}."
 
 
-def curve(suite: str, label: str, task: str, seed: int) -> np.ndarray:
-    """(points, 3): step, mean return of the last 100 training episodes, largest mean KL of an iteration since or NaN."""
-    path = RESULTS / suite / f"{label}__{Path(task).name}__s{seed}.csv"
-    rows = list(csv.DictReader(path.open()))
-    columns = ("step", "episodic_return", "largest_kl_iteration")
-    return np.array([[row.get(name) or "nan" for name in columns] for row in rows], float)
+def tuning_table() -> str:
+    """The IQM of each candidate, and its difference from the default on the same runs."""
+    head = ["candidate", "flags", "IQM", "less the default's [95 % interval]", "runs"]
+    pattern = re.compile(r" --seed \d+ (.*)--env-threads")
+    flags = {row["label"]: pattern.search(row["command"])[1] for row in read_index("tuning")}
+    rows = []
+    for found in candidates().values():
+        for label, pairs in found:
+            shown = flags[label].strip()
+            value, low, high = difference(pairs)
+            less = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if shown else ""
+            shown = f"`{shown}`" if shown else "the default"
+            rows.append([label, shown, f"{iqm(pairs[:, 0]):.2f}", less, str(len(pairs))])
+    return markdown(head, rows)
+
+
+def speed_table() -> str:
+    """Medians over repetitions, and their ranges."""
+    head = ["script, task", "contestant", "steps/s (range)", "times the peer (range)"]
+    head += ["start-up cold / warm, s", "MB"]
+    rows = []
+    for (script, task), runs in speed_files().items():
+        for name, ratios in speed_ratios(runs).items():
+            mine = [row for row in runs if row["contestant"] == name]
+            speeds = [float(row["steps_per_second"]) for row in mine]
+            cold, *warm = [float(row["start_up_seconds"]) for row in mine]
+            start = f"{cold:.0f} / {np.median(warm):.0f}"
+            memory = max(int(row["peak_megabytes"]) for row in mine)
+            figures = [with_range(speeds, 0), with_range(ratios, 1), start, f"{memory:,}"]
+            rows.append([f"{script}, {task}", name, *figures])
+    return markdown(head, rows)
+
+
+def with_range(values: list[float], digits: int) -> str:
+    """Return median (lowest-highest)."""
+    median, low, high = (f"{x:,.{digits}f}" for x in (np.median(values), min(values), max(values)))
+    return f"{median} ({low}-{high})"
+
+
+def front_table() -> str:
+    """What a script is, how good and how fast it is beside its peer, and how long."""
+    head = ["script", "paper", "score, 9 tasks", "score on 4 tasks: script, peer"]
+    head += ["times the peer's steps/s", "with EnvPool", "lines to read"]
+    on_nine = normalized("mujoco", NINE)
+    on_four = normalized("mujoco", peer_tasks())
+    peers = normalized("mujoco-peers")
+    speeds = speed_files()
+    rows = []
+    for script in SCRIPTS:
+        name = algorithm(script)
+        score = ""
+        if script in on_nine:
+            score = f"{iqm(on_nine[script].ravel()):.2f}"
+        pair = ""
+        if script in on_four and PEER_OF[script] in peers:
+            both = (on_four[script], peers[PEER_OF[script]])
+            pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in both)
+        task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
+        ratios = speed_ratios(speeds.get((script, task), []))
+        medians = {contestant: f"{np.median(values):.1f}" for contestant, values in ratios.items()}
+        speed = medians.get("default", medians.get("16 x 128", ""))
+        upper, _ = script_path(script).read_text().split("# The algorithm ends here")
+        rows.append(
+            [
+                f"[`{script}.py`]({script}.py)",
+                f"[{name}](https://arxiv.org/abs/{PAPERS[name]})",
+                score,
+                pair,
+                speed,
+                medians.get("EnvPool", ""),
+                f"{len(upper.splitlines()):,}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def style(i: int) -> dict[str, str]:
-    """Colour and line of the i-th label."""
+    """Return colour and line of the i-th label."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
 
 
 def save(figure, path: Path) -> None:
-    """SVG and PNG, the same bytes for the same data."""
+    """Write SVG and PNG, the same bytes for the same data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None}, bbox_inches="tight")
+    png = {"metadata": {"Software": None}, "dpi": 110}
+    figure.savefig(path.with_suffix(".png"), bbox_inches="tight", **png)
     plt.close(figure)
 
 
-def plot_curves(suite: str) -> None:
-    """Learning curves: mean over seeds, and the 95 % bootstrap interval as a band; the published reference dotted.
+def draw_interval(axis, y: int, value: float, low: float, high: float, colour: str) -> None:
+    """Draw a value as a mark, and its interval as a bar, in row y."""
+    axis.plot([low, high], [y, y], color=colour, linewidth=8, alpha=0.4, solid_capstyle="butt")
+    axis.plot([value], [y], "|", color=colour, markersize=15, markeredgewidth=2)
 
-    Those of `mujoco` have the peers', too.
+
+def plot_curves(suite: str) -> None:
+    """Learning curves: mean over seeds, and its 95 % bootstrap interval as a band.
+
+    A dotted line is the best published score. The curves of `mujoco` have the peers' beside them.
     """
-    published = references()
     suites = ("mujoco", "mujoco-peers") if suite == "mujoco" else (suite,)
-    runs = defaultdict(list)  # (suite, label, task) -> seeds
-    for name in suites:
-        for row in read_index(name):
-            runs[name, row["label"], row["task"]].append(int(row["seed"]))
-    tasks = [t for t in dict.fromkeys(e.task for e in SUITES[suite]) if any(t == task for _, _, task in runs)]
-    entries = dict.fromkeys((name, e.label) for name in suites for e in SUITES[name])
-    labels = [(name, label) for name, label in entries if any((name, label) == key[:2] for key in runs)]
-    columns = min(3, len(tasks))
-    height = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(
-        height, columns, figsize=(3.4 * columns, 2.5 * height), squeeze=False, layout="constrained"
-    )
+    run = {(name, row["label"], row["task"]) for name in suites for row in read_index(name)}
+    entries = [(name, entry) for name in suites for entry in SUITES[name]]
+    entries = [(name, e) for name, e in entries if (name, e.label, e.task) in run]
+    labels = list(dict.fromkeys((name, entry.label) for name, entry in entries))
+    tasks = list(dict.fromkeys(entry.task for _, entry in entries))
+    width = min(3, len(tasks))
+    height = math.ceil(len(tasks) / width)
+    size = (3.4 * width, 2.5 * height)
+    figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, (name, label) in enumerate(labels):
-            curves = [curve(name, label, task, seed)[:, :2] for seed in runs.get((name, label, task), ())]
-            curves = [c for c in curves if not np.isnan(c[:, 1]).all()]  # no episode ended
-            if not curves:
-                continue
-            start = max(c[~np.isnan(c[:, 1]), 0][0] for c in curves)
-            grid = np.linspace(start, min(c[-1, 0] for c in curves), 100)
-            values = np.array([np.interp(grid, *c[~np.isnan(c[:, 1])].T) for c in curves])
-            axis.plot(grid / 1e6, values.mean(0), label=PEER_NAMES.get(label, label), linewidth=1.4, **style(i))
-            if len(values) > 1:
-                low, high = np.array([interval(list(v)) for v in values.T]).T
-                axis.fill_between(grid / 1e6, low, high, color=style(i)["color"], alpha=0.2, linewidth=0)
-            if label not in PEER_NAMES and (task, algorithm(label)) in published:
-                line = {"color": style(i)["color"], "linestyle": ":", "linewidth": 0.9}
-                axis.axhline(published[task, algorithm(label)], label=f"best published {algorithm(label)}", **line)
+            plot_label(axis, name, label, task, style(i))
         axis.set_title(task, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
@@ -377,26 +535,49 @@ def plot_curves(suite: str) -> None:
         axis.remove()
     figure.supxlabel("environment steps, millions", fontsize=9)
     figure.supylabel("return, mean of 100 episodes", fontsize=9)
-    lines = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(len(lines), 3), fontsize=8)
+    legend = {}  # name -> line
+    for axis in figure.axes:
+        lines, names = axis.get_legend_handles_labels()
+        legend |= dict(zip(names, lines, strict=True))
+    place = {"loc": "outside upper center", "ncols": min(len(legend), 3)}
+    figure.legend(legend.values(), legend.keys(), fontsize=8, **place)
     save(figure, RESULTS / suite / "curves")
 
 
+def plot_label(axis, suite: str, label: str, task: str, look: dict[str, str]) -> None:
+    """One label's curve in one task's panel."""
+    found = [points[~np.isnan(points[:, 1]), :2] for points in curves(suite, label, task)]
+    found = [points for points in found if len(points) > 0]  # those in which an episode ended
+    if not found:
+        return
+    start = max(points[0, 0] for points in found)
+    end = min(points[-1, 0] for points in found)
+    steps = np.linspace(start, end, 100)
+    values = np.array([np.interp(steps, *points.T) for points in found])  # (seeds, 100)
+    name = PEER_NAMES.get(label, label)
+    axis.plot(steps / 1e6, values.mean(0), label=name, linewidth=1.4, **look)
+    if len(values) > 1:
+        low, high = np.array([interval(list(column)) for column in values.T]).T
+        axis.fill_between(steps / 1e6, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    published = references().get((task, algorithm(label)))
+    if label not in PEER_NAMES and published is not None:
+        line = {"color": look["color"], "linestyle": ":", "linewidth": 0.9}
+        axis.axhline(published, label=f"best published {algorithm(label)}", **line)
+
+
 def plot_aggregate(suite: str) -> None:
-    """Left, interquartile means with intervals; right, performance profiles."""
+    """Left, interquartile means with intervals. Right, performance profiles."""
     data = with_peers(suite)
     if not data:
         return
-    points, intervals = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.3 * len(data) + 1.6))
-    for i, label in enumerate(data):
-        low, high = intervals[label][:, 0]
-        left.plot([low, high], [i, i], color=style(i)["color"], linewidth=8, alpha=0.4, solid_capstyle="butt")
-        left.plot(points[label], [i], "|", color=style(i)["color"], markersize=16, markeredgewidth=2)
+    for i, (value, low, high) in enumerate(iqm_estimates(data).values()):
+        draw_interval(left, i, value, low, high, style(i)["color"])
     left.set_yticks(range(len(data)), list(data), fontsize=8)
     left.set_ylim(len(data) - 0.5, -0.5)
     left.set_xlim(left=0)
-    left.set_xlabel("interquartile mean of normalized scores\n(random policy 0, best published 1)", fontsize=8)
+    scale = "random policy 0, best published 1"
+    left.set_xlabel(f"interquartile mean of normalized scores\n({scale})", fontsize=8)
     levels = np.linspace(0, 1.6, 81)
     np.random.seed(0)
     whole = {label: x for label, x in data.items() if " tasks" not in label}
@@ -414,133 +595,103 @@ def plot_aggregate(suite: str) -> None:
     save(figure, RESULTS / suite / "aggregate")
 
 
-def speed_files() -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(script, task) -> rows of results/speed, PPO first."""
-    folder = RESULTS / "speed"
-    files = {path.stem: path for path in folder.glob("*__*.csv")}
-    order = ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete")
-    stems = sorted(files, key=lambda stem: (order.index(stem.split("__")[0]), "HalfCheetah" not in stem, stem))
-    return {tuple(stem.split("__")): list(csv.DictReader(files[stem].open())) for stem in stems}
-
-
-def speed_ratios(rows: list[dict[str, str]]) -> dict[str, list[float]]:
-    """contestant -> steps/s as a multiple of the peer's, the first contestant's, of each repetition."""
-    runs = defaultdict(dict)
-    for row in rows:
-        runs[row["contestant"]][row["repetition"]] = float(row["steps_per_second"])
-    peer = next((runs[name] for name in ("sb3", "sb3-contrib", "ppo_atari") if name in runs), {})
-    return {name: [speed / peer[i] for i, speed in found.items() if i in peer] for name, found in runs.items()}
-
-
-def speed_table() -> str:
-    """Markdown: medians over repetitions, and their ranges."""
-    lines = ["| script, task | contestant | steps/s (range) | times the peer (range) | start-up cold / warm, s | MB |"]
-    lines.append("|---" * 6 + "|")
-    for (script, task), rows in speed_files().items():
-        for name, ratios in speed_ratios(rows).items():
-            mine = [row for row in rows if row["contestant"] == name]
-            speeds = [float(row["steps_per_second"]) for row in mine]
-            cold, *warm = [float(row["start_up_seconds"]) for row in mine]
-            memory = max(int(row["peak_megabytes"]) for row in mine)
-            spread = f"{np.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
-            ratio = f"{np.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
-            start = f"{cold:.0f} / {np.median(warm):.0f}"
-            lines.append(f"| {script}, {task} | {name} | {spread} | {ratio} | {start} | {memory:,} |")
-    return "\n".join(lines)
+def plot_departures() -> None:
+    """What each departure of PPO from the paper buys: the default's IQM less the one without it."""
+    rows = []
+    for label, pairs in candidates().get("ppo_continuous", []):
+        _, _, name = label.partition("-without-")
+        if name and not name.endswith("-average"):
+            rows.append((name, difference(pairs)))
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
+    for i, (_, (value, low, high)) in enumerate(rows):
+        draw_interval(axis, i, -value, -high, -low, COLOURS[0])
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.set_xlabel("gain in normalized score (interquartile mean, 95 % interval)", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", alpha=0.25)
+    save(figure, RESULTS / "tuning" / "departures")
 
 
 def plot_speed() -> None:
-    """Bars of steps/s as a multiple of the peer's: median over repetitions, and their range. From results/speed."""
-    bars = []  # (script and task, contestant, ratio to the peer in each repetition)
+    """Steps/s as a multiple of the peer's: median over repetitions, and their range."""
+    groups = []  # ("script, task", [(name of the contestant, ratios)])
     for (script, task), rows in speed_files().items():
         ratios = speed_ratios(rows)
-        for name in ("default", "16 x 128", "bf16", "EnvPool", "peer + EnvPool"):
-            if name in ratios:
-                bars.append((f"{script}, {task}", SPEED_NAMES[name], ratios[name]))
-    if not bars:
+        bars = [(SPEED_NAMES[name], ratios[name]) for name in SPEED_NAMES if name in ratios]
+        if bars:
+            groups.append((f"{script}, {task}", bars))
+    if not groups:
         return
-    figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(bars) + 1), layout="constrained")
     colours = dict(zip(dict.fromkeys(SPEED_NAMES.values()), COLOURS, strict=False))
-    heads = {}  # script and task -> height of its first bar
-    for i, (head, name, ratios) in enumerate(bars):
-        y = i + len(heads.keys() - {head}) / 2  # half a bar between two tasks
-        heads.setdefault(head, y)
-        median = np.median(ratios)
-        spread = [[median - min(ratios)], [max(ratios) - median]]
-        axis.barh(y, median, xerr=spread, color=colours[name], label=name, capsize=2, height=0.8)
-        axis.text(max(ratios) + 0.1, y, f"{median:.1f}", va="center", fontsize=8)
+    count = sum(len(bars) for _, bars in groups)
+    figure, axis = plt.subplots(figsize=(7.5, 0.28 * count + 1), layout="constrained")
+    legend = {}  # name of the contestant -> bar
+    heads = {}  # "script, task" -> height of its first bar
+    y = 0.0
+    longest = 0.0
+    for head, bars in groups:
+        heads[head] = y
+        for name, ratios in bars:
+            median = np.median(ratios)
+            spread = [[median - min(ratios)], [max(ratios) - median]]
+            look = {"color": colours[name], "capsize": 2, "height": 0.8}
+            legend[name] = axis.barh(y, median, xerr=spread, **look)
+            axis.text(max(ratios) + 0.1, y, f"{median:.1f}", va="center", fontsize=8)
+            longest = max(longest, *ratios)
+            y += 1
+        y += 0.5  # half a bar between two tasks
     axis.set_yticks(list(heads.values()), list(heads), fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.1 * max(max(ratios) for _, _, ratios in bars))
-    axis.axvline(1, color="#888888", linewidth=0.8)
-    axis.set_xlabel("steps per second, times those of Stable-Baselines3's PPO or sb3-contrib's TRPO", fontsize=8)
+    axis.set_xlim(0, 1.1 * longest)
+    axis.axvline(1, color=GREY, linewidth=0.8)
+    peers = "Stable-Baselines3's PPO or sb3-contrib's TRPO"
+    axis.set_xlabel(f"steps per second, times those of {peers}", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(axis="x", alpha=0.25)
-    handles, labels = axis.get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
-    names = [name for name in colours if name in found]
-    axis.legend([found[name] for name in names], names, fontsize=8, loc="lower right")
+    names = [name for name in colours if name in legend]
+    axis.legend([legend[name] for name in names], names, fontsize=8, loc="lower right")
     save(figure, RESULTS / "speed" / "speed")
 
 
-def front_table() -> str:
-    """Markdown: what a script is, how good and how fast it is beside its peer, and how long."""
-    head = "| script | paper | score, 9 tasks | score on 4 tasks: script, peer | times the peer's steps/s | with EnvPool"
-    lines = [f"{head} | lines to read |", "|---" * 7 + "|"]
-    whole, few, peers = normalized("mujoco", NINE), normalized("mujoco", peer_tasks()), normalized("mujoco-peers")
-    speeds = speed_files()
-    for script in ("ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"):
-        score, pair = "", ""
-        if script in whole:
-            score = f"{iqm(whole[script].ravel()):.2f}"
-        if script in few and PEER_OF[script] in peers:
-            pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in (few[script], peers[PEER_OF[script]]))
-        task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
-        ratios = speed_ratios(speeds.get((script, task), []))
-        medians = {name: f"{np.median(values):.1f}" for name, values in ratios.items()}
-        speed = medians.get("default", medians.get("16 x 128", ""))
-        upper, _ = script_path(script).read_text().split("# The algorithm ends here")
-        name = algorithm(script)
-        cells = [f"[`{script}.py`]({script}.py)", f"[{name}](https://arxiv.org/abs/{PAPERS[name]})"]
-        cells += [score, pair, speed, medians.get("EnvPool", ""), f"{len(upper.splitlines()):,}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+# ---- README files --------------------------------------------------------------------------------
 
 
 def blocks() -> dict[str, str]:
-    """name -> Markdown between `<!-- report: name -->` and `<!-- end -->` in the README files."""
-    made = {}
-    if read_index("tuning"):
-        made["tuning"] = tuning_table()
+    """Return name -> Markdown, for the lines between `<!-- report: name -->` and `<!-- end -->`."""
+    made = {
+        "front": front_table(),
+        "speed": speed_table(),
+        "tuning": tuning_table(),
+        "improvement": improvement_lines("mujoco", "mujoco-peers"),
+    }
+    for script in PEER_OF:
+        made[f"{script} and its peer"] = versus_table(script)
     for suite in SUITES:
         if suite != "tuning" and read_index(suite):
             made[f"{suite} runs"] = runs_table(suite)
-            if aggregate := aggregate_table(suite):
-                made[f"{suite} aggregate"] = aggregate
-            if steps := steps_table(suite):
-                made[f"{suite} steps"] = steps
-            if trust := trust_table(suite):
-                made[f"{suite} trust region"] = trust
+            made[f"{suite} aggregate"] = aggregate_table(suite)
+            made[f"{suite} steps"] = steps_table(suite)
+            made[f"{suite} trust region"] = trust_table(suite)
             made[f"{suite} older"] = stale_line(suite)
-    for ours in PEER_OF:
-        made[f"{ours} and its peer"] = versus_table(ours)
-    made["speed"] = speed_table()
-    made["front"] = front_table()
-    if lines := improvement_lines("mujoco", "mujoco-peers"):
-        made["improvement"] = "\n".join(lines)
     return made
 
 
 def fill(text: str, made: dict[str, str]) -> str:
-    """A README with its blocks as `made` has them."""
+    """Return a README with its blocks as `made` has them."""
     pattern = re.compile(r"(<!-- report: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No runs yet.')}\n\n{m[3]}", text)
+    return pattern.sub(lambda m: f"{m[1]}\n{made.get(m[2]) or 'No runs yet.'}\n\n{m[3]}", text)
 
 
 def write_report() -> list[Path]:
-    """Pictures of every suite that has results, and the tables in the README files; -> what was written."""
+    """Write the pictures of every suite that has results, and the tables. Returns the files."""
     matplotlib.use("Agg")
-    plt.rcParams |= {"svg.hashsalt": "trust-region", "axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams["svg.hashsalt"] = "trust-region"
+    plt.rcParams["axes.spines.top"] = False
+    plt.rcParams["axes.spines.right"] = False
     pictures = [plot_departures, plot_speed]
     for suite in SUITES:
         if suite not in ("tuning", "mujoco-peers") and read_index(suite):

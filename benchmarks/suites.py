@@ -1,13 +1,13 @@
-"""What is compared: each suite is a tuple of entries, one run for each entry and seed."""
+"""What is compared. A suite is a tuple of entries, and each entry is run once for each seed."""
 
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """One row of a suite: `script` trains `task` with `flags`; `name` tells variants of a script apart in tables."""
+    """`script` trains `task` with `flags`. `name` tells variants of a script apart in tables."""
 
     script: str  # of the repository, or a peer of peers.py
-    task: str
+    task: str  # Gymnasium id
     flags: str = ""
     name: str = ""
 
@@ -17,77 +17,91 @@ class Entry(NamedTuple):
 
 
 NINE = (
-    *("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "InvertedDoublePendulum-v5", "InvertedPendulum-v5"),
-    *("Reacher-v5", "Swimmer-v5", "Walker2d-v5"),
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
 )
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
+CHOOSING = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1")
+SHORT = "--total-timesteps 20_480 --eval-episodes 10"  # a run of seconds
 FLAGS = {"Swimmer-v5": "--gamma 0.9999"}  # its returns lie beyond the horizon of 0.99
-ATARI = "--eval-episodes 10"
-CHOOSING = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")  # four of the nine
-REVERTED = {  # PPO's departures from the paper that are flags, each reverted alone, and all at once
-    "num_envs": "--num-envs 1 --num-steps 2048",
-    "norm_obs": "--no-norm-obs",
-    "norm_reward": "--no-norm-reward",
-    "anneal_lr": "--no-anneal-lr",
-    "recompute_advantages": "--no-recompute-advantages",
-    "max_grad_norm": "--max-grad-norm inf",
-    "orthogonal_init": "--no-orthogonal-init",
-    "log_std_init": "--log-std-init 0",
-    "log_std_final": "--log-std-final None",
-    "all": "--paper",
+PPO_CANDIDATES = {  # each departure from the paper that is a flag reverted alone, and all at once
+    "ppo": "",
+    "ppo-without-num_envs": "--num-envs 1 --num-steps 2048",
+    "ppo-without-norm_obs": "--no-norm-obs",
+    "ppo-without-norm_reward": "--no-norm-reward",
+    "ppo-without-anneal_lr": "--no-anneal-lr",
+    "ppo-without-recompute_advantages": "--no-recompute-advantages",
+    "ppo-without-max_grad_norm": "--max-grad-norm inf",
+    "ppo-without-orthogonal_init": "--no-orthogonal-init",
+    "ppo-without-log_std_init": "--log-std-init 0",
+    "ppo-without-log_std_final": "--log-std-final None",
+    "ppo-without-all": "--paper",
 }
 TRPO_CANDIDATES = {
-    "return_floor": "--return-floor 0",
-    "log_std_final": "--log-std-final None",
-    "cg_damping": "--cg-damping 0.1",
+    "trpo": "",
+    "trpo-return_floor": "--return-floor 0",
+    "trpo-log_std_final": "--log-std-final None",
+    "trpo-cg_damping": "--cg-damping 0.1",
 }
-FAST_PONG = "--learning-rate 5e-4 --clip-coef 0.2 --bf16"
 
 
-def tuning(script: str, name: str, flags: str, tasks: tuple[str, ...] = CHOOSING) -> list[Entry]:
-    """A candidate for the default of a script: EnvPool with one thread, so that two cores train two runs."""
-    flags = f"{flags} --env-threads 1 --eval-episodes 20"
-    return [Entry(script, f"envpool:{task}", flags, name) for task in tasks]
+def mujoco(script: str) -> list[Entry]:
+    """Nine tasks with the script's default flags, a million steps each."""
+    return [Entry(script, task, f"{FLAGS.get(task, '')} --eval-episodes 100") for task in NINE]
 
 
-SUITES: dict[str, tuple[Entry, ...]] = {
-    "smoke": (
-        Entry("ppo_continuous", "InvertedPendulum-v5", "--total-timesteps 20_480 --eval-episodes 10"),
-        Entry("trpo_continuous", "InvertedPendulum-v5", "--total-timesteps 20_480 --eval-episodes 10"),
-        Entry("acer_discrete", "CartPole-v1", "--total-timesteps 10_000 --eval-episodes 10"),
+def classic(script: str, flags: str = "", name: str = "") -> list[Entry]:
+    """Two small tasks with discrete actions."""
+    flags = f"--total-timesteps 300_000 {flags} --eval-episodes 100"
+    return [Entry(script, task, flags, name) for task in CLASSIC]
+
+
+def atari(script: str, game: str, flags: str = "") -> Entry:
+    """A game for a million steps."""
+    flags = f"--total-timesteps 1_000_000 {flags} --eval-episodes 10"
+    return Entry(script, f"ALE/{game}-v5", flags)
+
+
+def tuning(script: str, candidates: dict[str, str]) -> list[Entry]:
+    """Candidates for the default of a script: label -> flags. Two cores train two on EnvPool."""
+    return [
+        Entry(script, f"envpool:{task}", f"{flags} --env-threads 1 --eval-episodes 20", label)
+        for label, flags in candidates.items()
+        for task in CHOOSING
+    ]
+
+
+SUITES: dict[str, list[Entry]] = {
+    "smoke": [
+        Entry("ppo_continuous", "InvertedPendulum-v5", SHORT),
+        Entry("trpo_continuous", "InvertedPendulum-v5", SHORT),
+        Entry("acer_discrete", "CartPole-v1", SHORT),
         Entry("ppo_atari", "ALE/Pong-v5", "--total-timesteps 256 --num-steps 16 --eval-episodes 0"),
-    ),
-    "mujoco": (
-        *(
-            Entry(script, task, f"{FLAGS.get(task, '')} --eval-episodes 100")
-            for script in ("ppo_continuous", "trpo_continuous")
-            for task in NINE
-        ),
-    ),
-    "mujoco-peers": tuple(Entry(peer, task) for peer in ("sb3_ppo", "sb3_trpo") for task in FOUR),
-    "tuning": (  # see results/tuning/README.md
-        *tuning("ppo_continuous", "ppo", ""),
-        *(e for name, flags in REVERTED.items() for e in tuning("ppo_continuous", f"ppo-without-{name}", flags)),
-        *tuning("trpo_continuous", "trpo", ""),
-        *(e for name, flags in TRPO_CANDIDATES.items() for e in tuning("trpo_continuous", f"trpo-{name}", flags)),
-    ),
-    "classic": (
-        *(
-            Entry(
-                "acer_discrete",
-                task,
-                f"--total-timesteps 300_000 --replay-ratio {ratio} --eval-episodes 100",
-                f"acer_discrete-replay{ratio}",
-            )
-            for ratio in (0, 1, 4, 8)
-            for task in CLASSIC
-        ),
-        *(Entry("ppo_atari", task, "--total-timesteps 300_000 --eval-episodes 100") for task in CLASSIC),
-    ),
-    "atari": (
-        Entry("ppo_atari", "ALE/Breakout-v5", f"--total-timesteps 10_000_000 {ATARI}"),
-        Entry("ppo_atari", "ALE/Pong-v5", f"--total-timesteps 1_500_000 {FAST_PONG} {ATARI}"),
-        Entry("acer_discrete", "ALE/Pong-v5", f"--total-timesteps 2_000_000 {ATARI}"),
-    ),
+    ],
+    "mujoco": mujoco("ppo_continuous") + mujoco("trpo_continuous"),
+    "mujoco-peers": [Entry(peer, task) for peer in ("sb3_ppo", "sb3_trpo") for task in FOUR],
+    "classic": [
+        *classic("acer_discrete", "--replay-ratio 0", "acer_discrete-replay0"),
+        *classic("acer_discrete", "--replay-ratio 1", "acer_discrete-replay1"),
+        *classic("acer_discrete", "--replay-ratio 4", "acer_discrete-replay4"),
+        *classic("acer_discrete", "--replay-ratio 8", "acer_discrete-replay8"),
+        *classic("ppo_atari"),
+    ],
+    "atari": [
+        atari("ppo_atari", "Breakout"),
+        atari("ppo_atari", "Pong", "--learning-rate 5e-4 --clip-coef 0.2 --bf16"),
+        atari("acer_discrete", "Pong"),
+    ],
+    "tuning": [  # see results/tuning/README.md
+        *tuning("ppo_continuous", PPO_CANDIDATES),
+        *tuning("trpo_continuous", TRPO_CANDIDATES),
+    ],
 }

@@ -1,4 +1,4 @@
-"""The harness: what it runs, how it goes on, and that the tables readers see are those that the stored results make."""
+"""The harness: what it runs, how it goes on, and that its tables are those of the results."""
 
 import csv
 import json
@@ -25,18 +25,25 @@ def harness(*args, folder=ROOT):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
 
 
+def read_csv(path):
+    return list(csv.DictReader(path.open()))
+
+
+def index_of(folder, suite):
+    return read_csv(folder / "benchmarks/results" / suite / "index.csv")
+
+
 @pytest.fixture
 def copy(tmp_path):
     """The repository without its results."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(
-        ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__")
-    )
+    left_out = shutil.ignore_patterns("results", "__pycache__")
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=left_out)
     return tmp_path
 
 
-# ---- Jobs ------------------------------------------------------------------------------------------------------------
+# ---- Jobs ----------------------------------------------------------------------------------------
 
 
 def test_seeds():
@@ -68,15 +75,15 @@ def test_swimmer_alone_has_flags_of_its_own():
 
 
 def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path):
-    script, codes = tmp_path / "script.py", []
-    for text in ('"""A."""\nx = 1\n', '"""B."""\n# c\nx  = 1\n', '"""A."""\nx = 2\n', '"""A."""\nx = None\n'):
-        script.write_text(text)
+    script = tmp_path / "script.py"
+    codes = []
+    for body in ("x = 1", "# c\nx  = 1", "x = 2", "x = None"):
+        script.write_text(f'"""About {body[0]}."""\n{body}\n')
         codes.append(runner.code_hash(script))
     assert codes[0] == codes[1] and len(set(codes)) == 3
     assert codes[0] == "5dd0a2d7c7330240"  # on every version of Python
-    jobs = [
-        Job("mujoco", Entry("ppo_continuous", "Hopper-v5", flags), 1, code) for code in "ab" for flags in ("", "-x")
-    ]
+    entries = [Entry("ppo_continuous", "Hopper-v5", flags) for flags in ("", "-x")]
+    jobs = [Job("mujoco", entry, 1, code) for code in "ab" for entry in entries]
     assert len({job.key for job in jobs}) == 4
 
 
@@ -85,7 +92,10 @@ def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path):
     [
         (["run", "--suite", "nosuch"], "choose from smoke"),
         (["run", "--suite", "smoke", "--seeds", "x"], "--seeds x: write"),
-        (["status", "--suite", "smoke", "--tasks", "Nosuch-v5"], "--tasks Nosuch-v5: smoke has ALE/Pong-v5"),
+        (
+            ["status", "--suite", "smoke", "--tasks", "No-v5"],
+            "--tasks No-v5: smoke has ALE/Pong-v5",
+        ),
         (["run", "--suite", "smoke", "--only", "dqn"], "--only dqn: smoke has acer_discrete"),
         (["run", "--suite", "smoke", "--workers", "0"], "--workers 0: one or more"),
         (
@@ -100,42 +110,45 @@ def test_bad_input_is_one_line(args, message):
 
 
 def test_dry_run_prints_one_command_a_run():
-    lines = harness("run", "--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous", "--dry-run").stdout.split(
-        "\n"
-    )
-    assert len(lines) == 2 * 9 + 1
+    flags = ("--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous", "--dry-run")
+    lines = harness("run", *flags).stdout.splitlines()
+    assert len(lines) == 2 * 9
     command, folder = lines[0].split(" --run-dir ")
     assert command == "python ppo_continuous.py --env-id Ant-v5 --seed 1 --eval-episodes 100"
     assert folder.startswith("runs/benchmarks/mujoco/ppo_continuous__Ant-v5__s1__")
     assert sum("Swimmer-v5 --seed 2 --gamma 0.9999" in line for line in lines) == 1
 
 
-# ---- Running ---------------------------------------------------------------------------------------------------------
+# ---- Running -------------------------------------------------------------------------------------
 
 
 def test_smoke_suite_runs_in_a_fresh_copy_and_is_not_run_again(copy):
     result = harness("run", "--suite", "smoke", "--seeds", "1", folder=copy)
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = list(csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open()))
-    assert {row["label"] for row in rows} == {"ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"}
+    rows = index_of(copy, "smoke")
+    scripts = {"ppo_continuous", "trpo_continuous", "ppo_atari", "acer_discrete"}
+    assert {row["label"] for row in rows} == scripts
     for row in rows:
-        curve = list(
-            csv.DictReader(
-                (copy / f"benchmarks/results/smoke/{Path(row['label']).name}__{Path(row['task']).name}__s1.csv").open()
-            )
-        )
-        assert curve[-1]["step"] == row["steps"] and row["code"] and row["versions"].startswith("torch==")
+        name = runner.run_name(row["label"], row["task"], 1)
+        last = read_csv(copy / f"benchmarks/results/smoke/{name}.csv")[-1]
+        assert last["step"] == row["steps"]
+        assert row["code"] and row["versions"].startswith("torch==")
         if row["eval_episodes"] != "0":
-            assert float(curve[-1]["episodic_return"]) == pytest.approx(float(row["last100"]), abs=0.01)
+            assert float(last["episodic_return"]) == pytest.approx(float(row["last100"]), abs=0.01)
             assert row["deterministic"] and row["sampled"]
-    assert "4 done, 0 to do" in harness("run", "--suite", "smoke", "--seeds", "1", folder=copy).stdout
+    assert (
+        "4 done, 0 to do" in harness("run", "--suite", "smoke", "--seeds", "1", folder=copy).stdout
+    )
 
 
+ANT = ("--suite", "mujoco", "--seeds", "2", "--only", "ppo_continuous", "--tasks", "Ant-v5")
+# A script that fails after 200 steps, and reaches 300 when it is resumed
 SCRIPT = """
 total_timesteps: int = 300
 import sys, json, pathlib
 resumed = "--resume" in sys.argv
-folder = pathlib.Path(sys.argv[sys.argv.index("--resume") + 1]).parent if resumed else pathlib.Path(sys.argv[-1])
+folder = pathlib.Path(sys.argv[-1])  # of --run-dir, or the checkpoint
+folder = folder.parent if resumed else folder
 folder.mkdir(exist_ok=resumed)
 with (folder / "progress.csv").open("a" if resumed else "w") as file:
     if not resumed:
@@ -152,44 +165,39 @@ if not resumed:
 
 def test_a_failed_run_is_told_kept_and_resumed_on_demand(copy):
     (copy / "ppo_continuous.py").write_text(SCRIPT)
-    flags = ("--suite", "mujoco", "--seeds", "2", "--only", "ppo_continuous", "--tasks", "Ant-v5")
-    first = harness("run", *flags, folder=copy)
+    first = harness("run", *ANT, folder=copy)
     assert first.returncode == 1 and "one / it broke / exit code 1" in first.stdout
-    status = harness("status", *flags, folder=copy).stdout
+    status = harness("status", *ANT, folder=copy).stdout
     assert status.startswith("failed") and "it broke" in status and "1 failed" in status
-    again = harness("run", *flags, folder=copy)
+    again = harness("run", *ANT, folder=copy)
     assert again.returncode == 0 and "0 to do, 1 failed before" in again.stdout
-    assert harness("run", *flags, "--retry", folder=copy).returncode == 0
-    (row,) = csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open())
-    assert (row["steps"], row["last100"], row["deterministic"], row["deterministic_std"]) == (
-        "300",
-        "299.00",
-        "2.00",
-        "1.00",
-    )
-    curve = list(csv.DictReader((copy / "benchmarks/results/mujoco/ppo_continuous__Ant-v5__s2.csv").open()))
+    assert harness("run", *ANT, "--retry", folder=copy).returncode == 0
+    (row,) = index_of(copy, "mujoco")
+    assert (row["steps"], row["last100"]) == ("300", "299.00")
+    assert (row["deterministic"], row["deterministic_std"]) == ("2.00", "1.00")
+    curve = read_csv(copy / "benchmarks/results/mujoco/ppo_continuous__Ant-v5__s2.csv")
     assert [int(point["step"]) for point in curve] == list(range(3, 301, 3))
-    assert "1 done" in harness("status", *flags, folder=copy).stdout
+    assert "1 done" in harness("status", *ANT, folder=copy).stdout
 
 
 def test_a_run_that_was_killed_is_half_done_and_one_made_elsewhere_is_recorded(copy):
-    flags = ("--suite", "mujoco", "--seeds", "2", "--only", "ppo_continuous", "--tasks", "Ant-v5")
-    (copy / "ppo_continuous.py").write_text(
-        SCRIPT.replace('sys.exit("it broke")', "import os; os.kill(os.getpid(), 9)")
-    )
-    killed = harness("run", *flags, folder=copy)
+    killing = SCRIPT.replace('sys.exit("it broke")', "import os; os.kill(os.getpid(), 9)")
+    (copy / "ppo_continuous.py").write_text(killing)
+    killed = harness("run", *ANT, folder=copy)
     assert killed.returncode == 1 and "killed by signal 9" in killed.stdout
-    assert "1 half-done" in harness("status", *flags, folder=copy).stdout
-    python, *command = harness("run", *flags, "--dry-run", folder=copy).stdout.split()
+    assert "1 half-done" in harness("status", *ANT, folder=copy).stdout
+    python, *command = harness("run", *ANT, "--dry-run", folder=copy).stdout.split()
     shutil.rmtree(copy / "runs")
     (copy / "runs/benchmarks/mujoco").mkdir(parents=True)
-    subprocess.run([sys.executable, *command], cwd=copy)  # as a scheduler would, and again from where it was killed
-    subprocess.run([sys.executable, command[0], "--resume", f"{command[-1]}/checkpoint.pt"], cwd=copy, check=True)
-    assert "1 to record" in harness("status", *flags, folder=copy).stdout
-    output = harness("run", *flags, folder=copy).stdout
-    (row,) = csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open())
+    # as a scheduler would, and again from where it was killed
+    subprocess.run([sys.executable, *command], cwd=copy)
+    resume = [sys.executable, command[0], "--resume", f"{command[-1]}/checkpoint.pt"]
+    subprocess.run(resume, cwd=copy, check=True)
+    assert "1 to record" in harness("status", *ANT, folder=copy).stdout
+    output = harness("run", *ANT, folder=copy).stdout
+    (row,) = index_of(copy, "mujoco")
     assert row["last100"] == "299.00"
-    status = harness("status", *flags, folder=copy).stdout
+    status = harness("status", *ANT, folder=copy).stdout
     assert "1 done" in status
     for text in (output, status):
         assert "299.00 in training" in text
@@ -197,23 +205,19 @@ def test_a_run_that_was_killed_is_half_done_and_one_made_elsewhere_is_recorded(c
 
 
 def test_a_script_that_changes_while_others_run_is_refused(copy):
-    (copy / "ppo_continuous.py").write_text(
-        SCRIPT.replace(
-            "import sys, json, pathlib",
-            """
-import sys, json, pathlib
-pathlib.Path(__file__).write_text(pathlib.Path(__file__).read_text() + "x = 1\\n")
-""",
-        ).replace('sys.exit("it broke")', "sys.exit()")
-    )
-    flags = ("--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous", "--tasks", "Ant-v5", "--workers", "1")
+    change = "path = pathlib.Path(__file__); path.write_text(path.read_text() + 'x = 1')"
+    script = SCRIPT.replace('sys.exit("it broke")', f"{change}; sys.exit()")
+    (copy / "ppo_continuous.py").write_text(script)
+    flags = ["--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous"]
+    flags += ["--tasks", "Ant-v5", "--workers", "1"]
     result = harness("run", *flags, folder=copy)
-    assert result.returncode == 1 and "ppo_continuous.py has changed since this command began" in result.stdout
-    assert len(list(csv.DictReader((copy / "benchmarks/results/mujoco/index.csv").open()))) == 1
+    reason = "ppo_continuous.py has changed since this command began"
+    assert result.returncode == 1 and reason in result.stdout
+    assert len(index_of(copy, "mujoco")) == 1
 
 
 def stop_half_done(flags, folder):
-    """Ctrl-C a command of the harness after a few iterations of its run; -> its exit code and output."""
+    """Interrupt a command after a few iterations of its run. Returns its exit code and output."""
     command = [sys.executable, "-m", "benchmarks", *flags]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 60
@@ -228,25 +232,26 @@ def stop_half_done(flags, folder):
 
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(copy):
     flags = ["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"]
-    text = (copy / "benchmarks/suites.py").read_text()
-    (copy / "benchmarks/suites.py").write_text(text.replace("--total-timesteps 20_480 ", "--total-timesteps 49_152 "))
+    suites = copy / "benchmarks/suites.py"
+    suites.write_text(suites.read_text().replace("20_480 --eval", "49_152 --eval"))
     code, output = stop_half_done(flags, copy)
     assert "stopping" in output and "failed" not in output and code == 130
     assert "1 half-done" in harness("status", *flags[1:], folder=copy).stdout
     done = harness(*flags, folder=copy)
     assert done.returncode == 0
-    (row,) = csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open())
+    (row,) = index_of(copy, "smoke")
     assert row["steps"] == "49152"
     assert len(list(copy.glob("runs/**/config-*.json"))) == 1  # it was resumed
 
 
 def training() -> int:
-    """How many processes train in InvertedPendulum on a node of Ray."""
-    commands = []
+    """Return how many processes train in InvertedPendulum on a node of Ray."""
+    pattern = re.compile(rb"InvertedPendulum-v5\0.*--run-dir\0[^\0]*/run\0$")
+    count = 0
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            commands.append(path.read_bytes())
-    return sum(re.search(rb"InvertedPendulum-v5\0.*--run-dir\0[^\0]*/run\0$", x) is not None for x in commands)
+            count += pattern.search(path.read_bytes()) is not None
+    return count
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
@@ -255,14 +260,25 @@ def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     from ray.cluster_utils import Cluster
 
     suites = copy / "benchmarks/suites.py"
-    suites.write_text(suites.read_text().replace("20_480 --eval-episodes 10", "14_336 --eval-episodes 2"))
+    shorter = suites.read_text().replace("20_480 --eval-episodes 10", "14_336 --eval-episodes 2")
+    suites.write_text(shorter)
     stop_half_done(["run", "--suite", "smoke", "--seeds", "1", "--only", "ppo_continuous"], copy)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         node = cluster.add_node(num_cpus=1)
-        flags = ["--suite", "smoke", "--seeds", "1-2", "--only", "ppo_continuous", "trpo_continuous"]
+        flags = [
+            "--suite",
+            "smoke",
+            "--seeds",
+            "1-2",
+            "--only",
+            "ppo_continuous",
+            "trpo_continuous",
+        ]
         command = [sys.executable, "-m", "benchmarks", "run", *flags, "--ray", cluster.address]
-        process = subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=copy, **pipes)
         while training() < 2:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
@@ -271,25 +287,30 @@ def test_a_ray_cluster_that_loses_a_node_does_each_run_once(copy):
     finally:
         cluster.shutdown()
     assert process.returncode == 0, output
-    rows = list(csv.DictReader((copy / "benchmarks/results/smoke/index.csv").open()))
-    assert sorted((row["script"], row["seed"], row["steps"]) for row in rows) == [
-        (script, seed, "14336") for script in ("ppo_continuous", "trpo_continuous") for seed in ("1", "2")
-    ]
+    rows = index_of(copy, "smoke")
+    found = sorted((row["script"], row["seed"]) for row in rows)
+    scripts = ("ppo_continuous", "trpo_continuous")
+    assert found == [(script, seed) for script in scripts for seed in ("1", "2")]
+    assert all(row["steps"] == "14336" for row in rows)
     assert output.count("done: python") == 4
     assert all(float(row["deterministic"]) > 0 for row in rows)
     assert len(list(copy.glob("runs/benchmarks/smoke/*/checkpoint.pt"))) == 4
-    assert len(list(copy.glob("runs/benchmarks/smoke/*/config-*.json"))) == 1  # the half-done run went on
+    resumed = list(copy.glob("runs/benchmarks/smoke/*/config-*.json"))
+    assert len(resumed) == 1  # the half-done run
     assert len(list(copy.glob("benchmarks/results/smoke/*__s*.csv"))) == 4
     status = harness("status", *flags, folder=copy)
     assert "4 done" in status.stdout
 
 
-@pytest.mark.parametrize(("address", "why"), [("", "write auto or HOST:PORT"), ("127.0.0.1:1", "refused")])
+@pytest.mark.parametrize(
+    ("address", "why"), [("", "write auto or HOST:PORT"), ("127.0.0.1:1", "refused")]
+)
 def test_without_a_ray_cluster_one_line_says_how_to_start_one(address, why):
     pytest.importorskip("ray")
     from benchmarks.on_ray import run_on_ray
 
-    with pytest.raises(BenchmarkError, match=f"^--ray {address}: no cluster there .*{why}.*`ray start --head`"):
+    pattern = f"^--ray {address}: no cluster there .*{why}.*`ray start --head`"
+    with pytest.raises(BenchmarkError, match=pattern):
         run_on_ray([], address)
 
 
@@ -307,33 +328,39 @@ def test_a_peer_leaves_the_same_files(tmp_path):
     pytest.importorskip("stable_baselines3")
     from benchmarks import peers
 
-    peers.train(peers.Args(f"{tmp_path}/run", env_id="InvertedPendulum-v5", total_timesteps=4096, eval_episodes=3))
-    rows = list(csv.DictReader((tmp_path / "run/progress.csv").open()))
-    assert [row["step"] for row in rows] == ["2048", "4096"] and float(rows[-1]["episodic_return"]) > 0
+    flags = {"env_id": "InvertedPendulum-v5", "total_timesteps": 4096, "eval_episodes": 3}
+    peers.train(peers.Args(f"{tmp_path}/run", **flags))
+    rows = read_csv(tmp_path / "run/progress.csv")
+    assert [row["step"] for row in rows] == ["2048", "4096"]
+    assert float(rows[-1]["episodic_return"]) > 0
     evaluation = json.loads((tmp_path / "run/eval.json").read_text())
-    assert {mode: len(returns) for mode, returns in evaluation.items()} == {"deterministic": 3, "sampled": 3}
+    assert sorted(evaluation) == ["deterministic", "sampled"]
+    assert all(len(returns) == 3 for returns in evaluation.values())
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 
-def test_every_result_has_its_curve_and_a_place_in_its_suite():
-    for suite, entries in SUITES.items():
-        rows = runner.read_index(suite) if suite != "smoke" else []
-        assert len({(row["label"], row["task"], row["seed"]) for row in rows}) == len(rows)
-        if suite == "tuning":  # its curves are not kept
-            continue
-        curves = {path.name for path in (runner.RESULTS / suite).glob("*__s*.csv")} if suite != "smoke" else set()
-        assert curves == {f"{r['label']}__{Path(r['task']).name}__s{r['seed']}.csv" for r in rows}
-        for row in rows:
-            assert (row["label"], row["task"]) in {(e.label, e.task) for e in entries}
-            points = list(
-                csv.DictReader(
-                    (runner.RESULTS / suite / f"{row['label']}__{Path(row['task']).name}__s{row['seed']}.csv").open()
-                )
-            )
-            assert 90 <= len(points) <= runner.POINTS and points[-1]["step"] == row["steps"]
-            assert float(points[-1]["episodic_return"]) == pytest.approx(float(row["last100"]), abs=0.01)
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if suite not in ("smoke", "tuning")])
+def test_every_result_has_its_curve_and_a_place_in_its_suite(suite):
+    rows = runner.read_index(suite)
+    entries = {(entry.label, entry.task) for entry in SUITES[suite]}
+    names = set()
+    for row in rows:
+        assert (row["label"], row["task"]) in entries
+        name = runner.run_name(row["label"], row["task"], row["seed"])
+        points = read_csv(runner.RESULTS / suite / f"{name}.csv")
+        assert 90 <= len(points) <= runner.POINTS and points[-1]["step"] == row["steps"]
+        last = float(points[-1]["episodic_return"])
+        assert last == pytest.approx(float(row["last100"]), abs=0.01)
+        names.add(name)
+    assert len(names) == len(rows)
+    assert {path.stem for path in (runner.RESULTS / suite).glob("*__s*.csv")} == names
+
+
+def test_the_candidates_of_tuning_have_one_run_for_each_task_and_seed():
+    rows = runner.read_index("tuning")
+    assert len({(row["label"], row["task"], row["seed"]) for row in rows}) == len(rows)
 
 
 def test_tables_are_those_that_report_makes():
@@ -341,26 +368,29 @@ def test_tables_are_those_that_report_makes():
     made = report.blocks()
     for path in report.READMES:
         text = path.read_text()
-        assert "<!-- report: " in text and report.fill(text, made) == text, f"python -m benchmarks report ({path.name})"
+        assert "<!-- report: " in text
+        assert report.fill(text, made) == text, f"{path}: python -m benchmarks report"
 
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
-    """benchmarks.report on results of its own: random policy 10 and published 20, or -50 and -40."""
+    """benchmarks.report on results of its own. A published score is 10 above a random one."""
     report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
     entries = tuple(Entry("ppo_continuous", task) for task in ("A-v0", "B-v0", "C-v0"))
     monkeypatch.setattr(report, "SUITES", {"mine": entries})
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    zeros, ones = {"A-v0": 10, "B-v0": -50, "C-v0": 10}, {"A-v0": 20, "B-v0": -40, "C-v0": 20}
-    published = {(task, name): x for name, values in (("random", zeros), ("PPO", ones)) for task, x in values.items()}
+    published = {}
+    for task, zero in (("A-v0", 10), ("B-v0", -50), ("C-v0", 10)):
+        published[task, "random"] = zero
+        published[task, "PPO"] = zero + 10
     monkeypatch.setattr(report, "references", lambda: published)
     runs = {"A-v0": (10, 20, 30, 25), "B-v0": (-50, -40, -45, -30), "C-v0": (12,)}
-    rows = [
-        {"label": "ppo_continuous", "script": "ppo_continuous", "task": task, "seed": str(seed), "last100": str(score)}
-        | {"deterministic": "", "key": "", "commit": "abc"}
-        for task, scores in runs.items()
-        for seed, score in enumerate(scores, 1)
-    ]
+    rows = []
+    for task, scores in runs.items():
+        for seed, score in enumerate(scores, 1):
+            row = {"label": "ppo_continuous", "script": "ppo_continuous", "task": task}
+            row |= {"seed": str(seed), "last100": str(score), "deterministic": "", "key": ""}
+            rows.append(row)
     monkeypatch.setattr(report, "read_index", lambda suite: rows)
     return report
 
@@ -379,7 +409,8 @@ def test_interquartile_mean_and_interval(report):
     table = report.aggregate_table("mine").splitlines()
     mean = (0.5 + 1 + 1 + 1.5) / 4  # of the middle half of 0, 0, 0.5, 1, 1, 1.5, 2, 2
     label, cell, tasks, seeds = (x.strip() for x in table[2].strip("|").split("|"))
-    assert (label, tasks, seeds) == ("ppo_continuous", "2", "4") and cell.startswith(f"{mean:.2f} [")
+    assert (label, tasks, seeds) == ("ppo_continuous", "2", "4")
+    assert cell.startswith(f"{mean:.2f} [")
     low, high = map(float, cell.split("[")[1].rstrip("]").split(","))
     assert 0 <= low < mean < high <= 2
     assert report.aggregate_table("mine").splitlines() == table  # no chance in it
@@ -389,36 +420,43 @@ def test_peers_stand_beside_the_scripts_on_their_tasks_alone(report, monkeypatch
     suites = {"mujoco": report.SUITES["mine"], "mujoco-peers": (Entry("sb3_ppo", "B-v0"),)}
     monkeypatch.setattr(report, "SUITES", suites)
     mine = report.read_index("mujoco")
-    peers = [row | {"label": "sb3_ppo", "last100": "-49", "deterministic": "-48"} for row in mine if row["task"] == "B-v0"]
+    scores = {"label": "sb3_ppo", "last100": "-49", "deterministic": "-48"}
+    peers = [row | scores for row in mine if row["task"] == "B-v0"]
     monkeypatch.setattr(report, "read_index", {"mujoco": mine, "mujoco-peers": peers}.get)
     data = report.with_peers("mujoco")
-    assert list(data) == ["ppo_continuous", "ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
+    labels = ["ppo_continuous", "ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
+    assert list(data) == labels
     assert data["ppo_continuous, 1 tasks"].tolist() == [[0], [1], [0.5], [2]]
     assert data["Stable-Baselines3 PPO, 1 tasks"].ravel() == pytest.approx(0.1)
     head, _, *rows = report.versus_table("ppo_continuous").splitlines()
     assert head.split(" | ")[3] == "Stable-Baselines3 PPO, training"
-    assert rows[1].startswith("| B-v0 | -41.2 [") and "| -49.0 [-49.0, -49.0] (4) | -48.0" in rows[1]
-    assert rows[1].endswith("| -40.0 |") and rows[2].startswith("| C-v0 | 12.0 (1) |  |  |  |")
+    assert rows[1].startswith("| B-v0 | -41.2 [") and rows[1].endswith("| -40.0 |")
+    assert "| -49.0 [-49.0, -49.0] (4) | -48.0" in rows[1]
+    assert rows[2].startswith("| C-v0 | 12.0 (1) |  |  |  |")
 
 
 def test_mean_and_interval_of_a_cell(report):
     assert report.cell([10.0]) == "10.0 (1)" and report.cell([]) == ""
     assert report.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
-    low, high = report.interval([float(x) for x in range(101)])  # its standard error is 2.90
-    assert low == pytest.approx(50 - 1.96 * 2.9, abs=0.6) and high == pytest.approx(50 + 1.96 * 2.9, abs=0.6)
+    low, high = report.interval([float(x) for x in range(101)])
+    margin = 1.96 * 2.9  # standard errors
+    assert low == pytest.approx(50 - margin, abs=0.6)
+    assert high == pytest.approx(50 + margin, abs=0.6)
 
 
 @pytest.fixture
 def tuning(report, monkeypatch):
-    """Results of the default, 1 and 2 above its reference at seed 101 and 102, and of a candidate 0.5 below it."""
-    flags = {"ppo": "", "ppo-without-rate": "--lr 1 "}
-    scores = {("ppo", 101): 1, ("ppo", 102): 2, ("ppo-without-rate", 101): 0.5, ("ppo-without-rate", 102): 1.5}
-    rows = [
-        {"script": "ppo_continuous", "label": label, "task": "envpool:A-v0", "seed": str(seed)}
-        | {"last100": str(10 + 10 * score - 3), "deterministic": str(10 + 10 * score + 3)}
-        | {"command": f"python ppo_continuous.py --env-id A --seed {seed} {flags[label]}--env-threads 1"}
-        for (label, seed), score in scores.items()
-    ]
+    """Normalized scores 1 and 2 of the default at seeds 101 and 102, 0.5 and 1.5 of a candidate."""
+    command = "python ppo_continuous.py --env-id A --seed"
+    rows = []
+    for label, flags, scores in (("ppo", "", (1, 2)), ("ppo-without-rate", "--lr 1 ", (0.5, 1.5))):
+        for seed, score in zip((101, 102), scores, strict=True):
+            row = {"script": "ppo_continuous", "label": label, "task": "envpool:A-v0"}
+            row["seed"] = str(seed)
+            row["last100"] = str(10 + 10 * score - 3)
+            row["deterministic"] = str(10 + 10 * score + 3)
+            row["command"] = f"{command} {seed} {flags}--env-threads 1"
+            rows.append(row)
     monkeypatch.setattr(report, "read_index", lambda suite: rows)
     return report
 
@@ -428,7 +466,8 @@ def test_candidates_are_compared_with_the_default_on_the_same_tasks_and_seeds(tu
     assert default == "| ppo | the default | 1.50 |  | 2 |"
     assert candidate == "| ppo-without-rate | `--lr 1` | 1.00 | -0.50 [-0.50, -0.50] | 2 |"
     tuning.read_index("tuning").pop(0)  # without the default's run of seed 101 only 102 counts
-    assert tuning.tuning_table().splitlines()[3].startswith("| ppo-without-rate | `--lr 1` | 1.50 | -0.50")
+    candidate = tuning.tuning_table().splitlines()[3]
+    assert candidate.startswith("| ppo-without-rate | `--lr 1` | 1.50 | -0.50")
 
 
 def test_interval_of_a_difference_is_of_pairs(report):
@@ -437,7 +476,8 @@ def test_interval_of_a_difference_is_of_pairs(report):
     default = np.arange(40.0)
     noise = np.tile([0.0, 2.0], 20)
     value, low, high = report.difference(np.stack([default + noise, default], 1))
-    assert value == pytest.approx(1, abs=0.2) and 0.2 < low < value < high < 1.8  # ±11 if they were not paired
+    assert value == pytest.approx(1, abs=0.2)
+    assert 0.2 < low < value < high < 1.8  # ±11 if they were not paired
 
 
 def test_picture_of_the_departures(tuning, monkeypatch):
@@ -450,25 +490,31 @@ def test_picture_of_the_departures(tuning, monkeypatch):
     assert mark.get_xdata()[0] == pytest.approx(0.5)  # what it buys
 
 
-def test_picture_of_speed_has_the_median_ratio_to_the_peer_of_the_same_repetition(report, monkeypatch, tmp_path):
+SPEED_HEAD = "contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n"
+
+
+def test_speed_is_the_median_ratio_to_the_peer_in_the_same_repetition(
+    report, monkeypatch, tmp_path
+):
     (tmp_path / "speed").mkdir()
-    runs = [("sb3", 1, 100), ("default", 1, 300), ("EnvPool", 1, 500)]
-    runs += [("sb3", 2, 200), ("default", 2, 900), ("EnvPool", 2, 1000)]
-    text = "".join(f"{name},{repetition},{speed},{9 - 3 * repetition},300\n" for name, repetition, speed in runs)
+    lines = ["sb3,1,100,6,300", "default,1,300,6,300", "EnvPool,1,500,6,300"]
+    lines += ["sb3,2,200,3,300", "default,2,900,3,300", "EnvPool,2,1000,3,300"]
     path = tmp_path / "speed" / "ppo_continuous__Hopper-v5.csv"
-    path.write_text("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n" + text)
+    path.write_text(SPEED_HEAD + "\n".join(lines))
     pictures = []
     monkeypatch.setattr(report, "save", lambda figure, path: pictures.append(figure))
     report.plot_speed()
     (axis,) = pictures[0].axes
     assert [bar.get_width() for bar in axis.patches] == [(3 + 4.5) / 2, 5]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["this script", "this script with EnvPool"]
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend == ["this script", "this script with EnvPool"]
     row = "| ppo_continuous, Hopper-v5 | default | 600 (300-900) | 3.8 (3.0-4.5) | 6 / 3 | 300 |"
     assert report.speed_table().splitlines()[3] == row
 
 
 def test_results_of_other_code_or_flags_are_named(report, monkeypatch):
-    assert report.stale_line("mine") == "Of 9 runs 9 are of an older script or flags: 9 of ppo_continuous."
+    line = report.stale_line("mine")
+    assert line == "Of 9 runs 9 are of an older script or flags: 9 of ppo_continuous."
     rows = report.read_index("mine")
     for row in rows:
         code = runner.code_hash(ROOT / "ppo_continuous.py")
@@ -483,12 +529,14 @@ def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monk
     (tmp_path / "mine").mkdir()
     for task, seeds in (("A-v0", 4), ("C-v0", 1)):
         for seed in range(1, seeds + 1):
-            points = [(100, ""), (200, 19), (300 + 100 * seed, 20 if task == "A-v0" else 19), (900, 15)]
+            best = 20 if task == "A-v0" else 19
+            points = [(100, ""), (200, 19), (300 + 100 * seed, best), (900, 15)]
             text = "".join(f"{step},{value},1.0,0\n" for step, value in points)
             path = tmp_path / f"mine/ppo_continuous__{task}__s{seed}.csv"
             path.write_text("step,episodic_return,seconds,largest_kl\n" + text)
     row = report.steps_table("mine").splitlines()[2]
-    assert row.startswith("| ppo_continuous | 550 [") and row.endswith("(4) | 0 of 1 seeds reach it |")
+    assert row.startswith("| ppo_continuous | 550 [")
+    assert row.endswith("(4) | 0 of 1 seeds reach it |")
 
 
 def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monkeypatch, tmp_path):
@@ -498,12 +546,13 @@ def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monk
     row = {"label": "trpo_continuous", "script": "trpo_continuous", "task": "A-v0", "seed": "1"}
     monkeypatch.setattr(report, "read_index", lambda suite: [row])
     job = Job("mine", Entry("trpo_continuous", "A-v0"), 1, "code")
-    rows = [
-        {"step": f"{i}", "episodic_return": "1", "seconds": "1", "approx_kl": "0.001", "kl_iteration": f"{kl}"}
-        for i, kl in ((100, 0.002), (200, 0.009), (300, 0.003))
-    ]
+    rows = []
+    for step, kl in ((100, 0.002), (200, 0.009), (300, 0.003)):
+        point = {"step": f"{step}", "episodic_return": "1", "seconds": "1"}
+        rows.append(point | {"approx_kl": "0.001", "kl_iteration": f"{kl}"})
     runner.write_curve(job, rows)
-    assert job.curve.read_text().splitlines()[0] == "step,episodic_return,seconds,largest_kl_iteration"
+    head = job.curve.read_text().splitlines()[0]
+    assert head == "step,episodic_return,seconds,largest_kl_iteration"
     assert report.trust_table("mine").splitlines()[2].startswith("| A-v0 | 0.00900 |")
     for row_of_update in rows:
         del row_of_update["kl_iteration"]
@@ -514,8 +563,10 @@ def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monk
 def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(report):
     import numpy as np
 
-    points = np.array([(100_000, 10.0), (200_000, 1.0), (300_000, 8.0), (400_000, 20.0), (500_000, 15.0)])
+    steps = [100_000, 200_000, 300_000, 400_000, 500_000]
+    points = np.stack([steps, [10.0, 1.0, 8.0, 20.0, 15.0]], 1)
     assert report.worst_drop(points, 0.0) == pytest.approx(0.75)
     assert report.worst_drop(points[:3], 0.0) == pytest.approx(0.8)
     below = np.array([(300_000, -4.0), (400_000, -22.0)])
-    assert report.worst_drop(below, -40.0) == pytest.approx(0.5)  # half of the way back to a random policy
+    drop = report.worst_drop(below, -40.0)
+    assert drop == pytest.approx(0.5)  # half of the way back to a random policy
