@@ -172,6 +172,8 @@ def run_script(args: Args) -> Timing:
         module.train(parsed)
     if not steps:  # of several processes only the first writes a log
         sys.exit()
+    if len(steps) < 2:
+        sys.exit(f"--steps {args.steps} are less than two iterations")
     timing.batch = steps[1] - steps[0]
     timing.parts = {part: sum(seconds) for part, seconds in spent.items() if seconds}
     return timing
