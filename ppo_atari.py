@@ -111,7 +111,8 @@ class RunArgs:
     device: str = "auto"
     # compile the minibatch step with torch.compile. auto compiles runs of 250,000 steps or more
     compile: Literal["auto", "on", "off"] = "auto"
-    # compute the layers below the two heads in bfloat16. Weights and losses stay in float32
+    # compute the layers below the two heads in bfloat16. Weights and losses stay in float32. Much
+    # slower on processors without instructions for it
     bf16: bool = False
 
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mode
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -30,7 +29,6 @@ BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}
 SPEED_NAMES = {  # contestants of speed.py that the picture shows
     "default": "this script",
     "16 x 128": "this script",
-    "bf16": "in bfloat16",
     "EnvPool": "this script with EnvPool",
     "peer + EnvPool": "the peer with EnvPool",
 }
@@ -150,8 +148,8 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
 def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Return label -> scores (seeds, tasks): a random policy is 0, the published reference 1.
 
-    Without `tasks`: of the tasks that have as many seeds as most have, or more. With `tasks`: of
-    these alone, and of the labels that have run all of them.
+    With `tasks`: of these alone, and of the labels that have run all of them. Each task has as many
+    seeds as the one with the fewest.
     """
     published = references()
     result = {}
@@ -160,12 +158,9 @@ def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
         kept = [t for t in found if (t, name) in published and (t, "random") in published]
         if tasks:
             kept = [t for t in kept if t in tasks]
-        if not kept:
+        if not kept or len(kept) < len(tasks):
             continue
-        seeds = mode([len(found[t]) for t in kept])
-        kept = [t for t in kept if len(found[t]) >= seeds]
-        if tasks and len(kept) < len(tasks):
-            continue
+        seeds = min(len(found[t]) for t in kept)
         raw = np.array([found[t][:seeds] for t in kept]).T  # (seeds, tasks)
         zero = np.array([published[t, "random"] for t in kept])
         one = np.array([published[t, name] for t in kept])
@@ -452,7 +447,7 @@ def with_range(values: list[float], digits: int) -> str:
 
 def front_table() -> str:
     """What a script is, how good and how fast it is beside its peer, and how long."""
-    head = ["script", "paper", "score, 9 tasks", "score on 4 tasks: script, peer"]
+    head = ["script", "paper", "score, 9 tasks (seeds)", "score on 4 tasks: script, peer"]
     head += ["times the peer's steps/s", "with EnvPool", "lines to read"]
     on_nine = normalized("mujoco", NINE)
     on_four = normalized("mujoco", peer_tasks())
@@ -463,7 +458,7 @@ def front_table() -> str:
         name = algorithm(script)
         score = ""
         if script in on_nine:
-            score = f"{iqm(on_nine[script].ravel()):.2f}"
+            score = f"{iqm(on_nine[script].ravel()):.2f} ({len(on_nine[script])})"
         pair = ""
         if script in on_four and PEER_OF[script] in peers:
             both = (on_four[script], peers[PEER_OF[script]])

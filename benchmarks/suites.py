@@ -97,7 +97,7 @@ SUITES: dict[str, list[Entry]] = {
     ],
     "atari": [
         atari("ppo_atari", "Breakout"),
-        atari("ppo_atari", "Pong", "--learning-rate 5e-4 --clip-coef 0.2 --bf16"),
+        atari("ppo_atari", "Pong", "--learning-rate 5e-4 --clip-coef 0.2"),
         atari("acer_discrete", "Pong"),
     ],
     "tuning": [  # see results/tuning/README.md
