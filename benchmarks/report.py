@@ -307,6 +307,22 @@ def versus_table(ours: str) -> str:
     return markdown([*head, "published"], rows)
 
 
+def flags_table() -> str:
+    """What helps one task: scores with the flags and with the defaults, on the same seeds."""
+    head = ["script", "task", "flags", "training", "with the default", "gain"]
+    rows = []
+    for entry in SUITES["mujoco-flags"]:
+        mine = scores("mujoco-flags").get(entry.label, {}).get(entry.task, [])
+        default = scores("mujoco").get(entry.script, {}).get(entry.task, [])
+        both = list(zip(mine, default, strict=False))  # both start with seed 1
+        if both:
+            mine, default = (list(values) for values in zip(*both, strict=True))
+            gain = cell([a - b for a, b in both])
+            flags = entry.flags.partition(" --eval-episodes")[0]
+            rows.append([entry.script, entry.task, f"`{flags}`", cell(mine), cell(default), gain])
+    return markdown(head, rows)
+
+
 def runs_table(suite: str) -> str:
     """A row for each run, for suites of few and long ones that differ in steps."""
     head = ["command", "steps", "last 100 training episodes", "deterministic", "sampled", "hours"]
@@ -661,6 +677,7 @@ def blocks() -> dict[str, str]:
         "front": front_table(),
         "speed": speed_table(),
         "tuning": tuning_table(),
+        "flags": flags_table(),
         "improvement": improvement_lines("mujoco", "mujoco-peers"),
     }
     for script in PEER_OF:
@@ -688,8 +705,8 @@ def write_report() -> list[Path]:
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
     pictures = [plot_departures, plot_speed]
-    for suite in SUITES:
-        if suite not in ("tuning", "mujoco-peers") and read_index(suite):
+    for suite in ("mujoco", "classic", "atari"):
+        if read_index(suite):
             pictures += [partial(plot_curves, suite), partial(plot_aggregate, suite)]
     for draw in tqdm(pictures, desc="pictures", disable=None):
         draw()

@@ -31,6 +31,7 @@ FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5
 CHOOSING = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1")
 SHORT = "--total-timesteps 20_480 --eval-episodes 10"  # a run of seconds
+EVALUATION = "--eval-episodes 100"
 FLAGS = {"Swimmer-v5": "--gamma 0.9999"}  # its returns lie beyond the horizon of 0.99
 PPO_CANDIDATES = {  # each departure from the paper that is a flag reverted alone, and all at once
     "ppo": "",
@@ -55,12 +56,12 @@ TRPO_CANDIDATES = {
 
 def mujoco(script: str) -> list[Entry]:
     """Nine tasks with the script's default flags, a million steps each."""
-    return [Entry(script, task, f"{FLAGS.get(task, '')} --eval-episodes 100") for task in NINE]
+    return [Entry(script, task, f"{FLAGS.get(task, '')} {EVALUATION}") for task in NINE]
 
 
 def classic(script: str, flags: str = "", name: str = "") -> list[Entry]:
     """Two small tasks with discrete actions."""
-    flags = f"--total-timesteps 300_000 {flags} --eval-episodes 100"
+    flags = f"--total-timesteps 300_000 {flags} {EVALUATION}"
     return [Entry(script, task, flags, name) for task in CLASSIC]
 
 
@@ -87,6 +88,15 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo_atari", "ALE/Pong-v5", "--total-timesteps 256 --num-steps 16 --eval-episodes 0"),
     ],
     "mujoco": mujoco("ppo_continuous") + mujoco("trpo_continuous"),
+    "mujoco-flags": [  # what helps one task
+        Entry("ppo_continuous", "Ant-v5", f"--gae-lambda 0.9 --learning-rate 2e-4 {EVALUATION}"),
+        Entry(
+            "trpo_continuous",
+            "Swimmer-v5",
+            "--gamma 0.9999 --gae-lambda 0.98 --num-envs 2 --num-steps 512 --return-floor 0 "
+            f"--log-std-init 0 --log-std-final None {EVALUATION}",
+        ),
+    ],
     "mujoco-peers": [Entry(peer, task) for peer in ("sb3_ppo", "sb3_trpo") for task in FOUR],
     "classic": [
         *classic("acer_discrete", "--replay-ratio 0", "acer_discrete-replay0"),

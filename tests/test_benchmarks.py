@@ -439,6 +439,18 @@ def test_peers_stand_beside_the_scripts_on_their_tasks_alone(report, monkeypatch
     assert rows[2].startswith("| C-v0 | 12.0 (1) |  |  |  |")
 
 
+def test_the_gain_of_flags_is_that_on_the_same_seeds(report, monkeypatch):
+    flags = (Entry("ppo_continuous", "A-v0", "--gamma 1 --eval-episodes 100"),)
+    suites = {"mujoco": report.SUITES["mine"], "mujoco-flags": flags}
+    monkeypatch.setattr(report, "SUITES", suites)
+    default = report.read_index("mujoco")
+    mine = [row | {"last100": "40"} for row in default if row["task"] == "A-v0"][:2]
+    monkeypatch.setattr(report, "read_index", {"mujoco": default, "mujoco-flags": mine}.get)
+    row = report.flags_table().splitlines()[2]
+    assert row.startswith("| ppo_continuous | A-v0 | `--gamma 1` | 40.0 [40.0, 40.0] (2) | 15.0 [")
+    assert "| 25.0 [" in row and row.endswith("(2) |")
+
+
 def test_mean_and_interval_of_a_cell(report):
     assert report.cell([10.0]) == "10.0 (1)" and report.cell([]) == ""
     assert report.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
