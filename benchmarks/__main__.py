@@ -91,10 +91,11 @@ def print_status(suite: str, jobs: list[Job]) -> None:
 
 def report() -> None:
     try:
-        from benchmarks.report import write_report
+        from benchmarks.pictures import draw_pictures
+        from benchmarks.tables import write_tables
     except ModuleNotFoundError as error:
         raise missing(error.name) from error
-    for path in write_report():
+    for path in [*draw_pictures(), *write_tables()]:
         print(path.relative_to(ROOT))
 
 

@@ -364,26 +364,26 @@ def test_the_candidates_of_tuning_have_one_run_for_each_task_and_seed():
 
 
 def test_tables_are_those_that_report_makes():
-    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
-    made = report.blocks()
-    for path in report.READMES:
+    tables = pytest.importorskip("benchmarks.tables", exc_type=ImportError)
+    made = tables.blocks()
+    for path in tables.READMES:
         text = path.read_text()
         assert "<!-- report: " in text
-        assert report.fill(text, made) == text, f"{path}: python -m benchmarks report"
+        assert tables.fill(text, made) == text, f"{path}: python -m benchmarks report"
 
 
 @pytest.fixture
-def report(monkeypatch, tmp_path):
-    """benchmarks.report on results of its own. A published score is 10 above a random one."""
-    report = pytest.importorskip("benchmarks.report", exc_type=ImportError)
+def tables(monkeypatch, tmp_path):
+    """benchmarks.tables on results of its own. A published score is 10 above a random one."""
+    tables = pytest.importorskip("benchmarks.tables", exc_type=ImportError)
     entries = tuple(Entry("ppo_continuous", task) for task in ("A-v0", "B-v0", "C-v0"))
-    monkeypatch.setattr(report, "SUITES", {"mine": entries})
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "SUITES", {"mine": entries})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     published = {}
     for task, zero in (("A-v0", 10), ("B-v0", -50), ("C-v0", 10)):
         published[task, "random"] = zero
         published[task, "PPO"] = zero + 10
-    monkeypatch.setattr(report, "references", lambda: published)
+    monkeypatch.setattr(tables, "references", lambda: published)
     runs = {"A-v0": (10, 20, 30, 25), "B-v0": (-50, -40, -45, -30), "C-v0": (12,)}
     rows = []
     for task, scores in runs.items():
@@ -391,77 +391,77 @@ def report(monkeypatch, tmp_path):
             row = {"label": "ppo_continuous", "script": "ppo_continuous", "task": task}
             row |= {"seed": str(seed), "last100": str(score), "deterministic": "", "key": ""}
             rows.append(row)
-    monkeypatch.setattr(report, "read_index", lambda suite: rows)
-    return report
+    monkeypatch.setattr(tables, "read_index", lambda suite: rows)
+    return tables
 
 
-def test_scores_are_normalized_task_by_task(report):
+def test_scores_are_normalized_task_by_task(tables):
     import numpy as np
 
-    (scores,) = report.normalized("mine", ("A-v0", "B-v0")).values()
+    (scores,) = tables.normalized("mine", ("A-v0", "B-v0")).values()
     np.testing.assert_allclose(scores, [[0, 0], [1, 1], [2, 0.5], [1.5, 2]])
-    (scores,) = report.normalized("mine").values()  # C has one seed
+    (scores,) = tables.normalized("mine").values()  # C has one seed
     np.testing.assert_allclose(scores, [[0, 0, 0.2]])
-    (scores,) = report.normalized("mine", ("B-v0",)).values()
+    (scores,) = tables.normalized("mine", ("B-v0",)).values()
     np.testing.assert_allclose(scores, [[0], [1], [0.5], [2]])
-    assert not report.normalized("mine", ("B-v0", "D-v0"))  # D has not run
+    assert not tables.normalized("mine", ("B-v0", "D-v0"))  # D has not run
 
 
-def test_interquartile_mean_and_interval(report):
-    report.read_index("mine").pop()  # C
-    table = report.aggregate_table("mine").splitlines()
+def test_interquartile_mean_and_interval(tables):
+    tables.read_index("mine").pop()  # C
+    table = tables.aggregate_table("mine").splitlines()
     mean = (0.5 + 1 + 1 + 1.5) / 4  # of the middle half of 0, 0, 0.5, 1, 1, 1.5, 2, 2
     label, cell, tasks, seeds = (x.strip() for x in table[2].strip("|").split("|"))
     assert (label, tasks, seeds) == ("ppo_continuous", "2", "4")
     assert cell.startswith(f"{mean:.2f} [")
     low, high = map(float, cell.split("[")[1].rstrip("]").split(","))
     assert 0 <= low < mean < high <= 2
-    assert report.aggregate_table("mine").splitlines() == table  # no chance in it
+    assert tables.aggregate_table("mine").splitlines() == table  # no chance in it
 
 
-def test_peers_stand_beside_the_scripts_on_their_tasks_alone(report, monkeypatch):
-    suites = {"mujoco": report.SUITES["mine"], "mujoco-peers": (Entry("sb3_ppo", "B-v0"),)}
-    monkeypatch.setattr(report, "SUITES", suites)
-    mine = report.read_index("mujoco")
+def test_peers_stand_beside_the_scripts_on_their_tasks_alone(tables, monkeypatch):
+    suites = {"mujoco": tables.SUITES["mine"], "mujoco-peers": (Entry("sb3_ppo", "B-v0"),)}
+    monkeypatch.setattr(tables, "SUITES", suites)
+    mine = tables.read_index("mujoco")
     scores = {"label": "sb3_ppo", "last100": "-49", "deterministic": "-48"}
     peers = [row | scores for row in mine if row["task"] == "B-v0"]
-    monkeypatch.setattr(report, "read_index", {"mujoco": mine, "mujoco-peers": peers}.get)
-    data = report.with_peers("mujoco")
+    monkeypatch.setattr(tables, "read_index", {"mujoco": mine, "mujoco-peers": peers}.get)
+    data = tables.with_peers("mujoco")
     labels = ["ppo_continuous", "ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
     assert list(data) == labels
     assert data["ppo_continuous"].shape == (1, 3)
     assert data["ppo_continuous, 1 tasks"].tolist() == [[0], [1], [0.5], [2]]
     assert data["Stable-Baselines3 PPO, 1 tasks"].ravel() == pytest.approx(0.1)
-    head, _, *rows = report.versus_table("ppo_continuous").splitlines()
+    head, _, *rows = tables.versus_table("ppo_continuous").splitlines()
     assert head.split(" | ")[3] == "Stable-Baselines3 PPO, training"
     assert rows[1].startswith("| B-v0 | -41.2 [") and rows[1].endswith("| -40.0 |")
     assert "| -49.0 [-49.0, -49.0] (4) | -48.0" in rows[1]
     assert rows[2].startswith("| C-v0 | 12.0 (1) |  |  |  |")
 
 
-def test_the_gain_of_flags_is_that_on_the_same_seeds(report, monkeypatch):
+def test_the_gain_of_flags_is_that_on_the_same_seeds(tables, monkeypatch):
     flags = (Entry("ppo_continuous", "A-v0", "--gamma 1 --eval-episodes 100"),)
-    suites = {"mujoco": report.SUITES["mine"], "mujoco-flags": flags}
-    monkeypatch.setattr(report, "SUITES", suites)
-    default = report.read_index("mujoco")
+    suites = {"mujoco": tables.SUITES["mine"], "mujoco-flags": flags}
+    monkeypatch.setattr(tables, "SUITES", suites)
+    default = tables.read_index("mujoco")
     mine = [row | {"last100": "40"} for row in default if row["task"] == "A-v0"][:2]
-    monkeypatch.setattr(report, "read_index", {"mujoco": default, "mujoco-flags": mine}.get)
-    row = report.flags_table().splitlines()[2]
+    monkeypatch.setattr(tables, "read_index", {"mujoco": default, "mujoco-flags": mine}.get)
+    row = tables.flags_table().splitlines()[2]
     assert row.startswith("| ppo_continuous | A-v0 | `--gamma 1` | 40.0 [40.0, 40.0] (2) | 15.0 [")
     assert "| 25.0 [" in row and row.endswith("(2) |")
 
 
-def test_mean_and_interval_of_a_cell(report):
-    assert report.cell([10.0]) == "10.0 (1)" and report.cell([]) == ""
-    assert report.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
-    low, high = report.interval([float(x) for x in range(101)])
+def test_mean_and_interval_of_a_cell(tables):
+    assert tables.cell([10.0]) == "10.0 (1)" and tables.cell([]) == ""
+    assert tables.cell([5000.0, 5000.0]) == "5,000 [5,000, 5,000] (2)"
+    low, high = tables.interval([float(x) for x in range(101)])
     margin = 1.96 * 2.9  # standard errors
     assert low == pytest.approx(50 - margin, abs=0.6)
     assert high == pytest.approx(50 + margin, abs=0.6)
 
 
 @pytest.fixture
-def tuning(report, monkeypatch):
+def tuning(tables, monkeypatch):
     """Normalized scores 1 and 2 of the default at seeds 101 and 102, 0.5 and 1.5 of a candidate."""
     command = "python ppo_continuous.py --env-id A --seed"
     rows = []
@@ -473,8 +473,8 @@ def tuning(report, monkeypatch):
             row["deterministic"] = str(10 + 10 * score + 3)
             row["command"] = f"{command} {seed} {flags}--env-threads 1"
             rows.append(row)
-    monkeypatch.setattr(report, "read_index", lambda suite: rows)
-    return report
+    monkeypatch.setattr(tables, "read_index", lambda suite: rows)
+    return tables
 
 
 def test_candidates_are_compared_with_the_default_on_the_same_tasks_and_seeds(tuning):
@@ -486,62 +486,68 @@ def test_candidates_are_compared_with_the_default_on_the_same_tasks_and_seeds(tu
     assert candidate.startswith("| ppo-without-rate | `--lr 1` | 1.50 | -0.50")
 
 
-def test_interval_of_a_difference_is_of_pairs(report):
+def test_interval_of_a_difference_is_of_pairs(tables):
     import numpy as np
 
     default = np.arange(40.0)
     noise = np.tile([0.0, 2.0], 20)
-    value, low, high = report.difference(np.stack([default + noise, default], 1))
+    value, low, high = tables.difference(np.stack([default + noise, default], 1))
     assert value == pytest.approx(1, abs=0.2)
     assert 0.2 < low < value < high < 1.8  # ±11 if they were not paired
 
 
-def test_picture_of_the_departures(tuning, monkeypatch):
-    pictures = []
-    monkeypatch.setattr(tuning, "save", lambda figure, path: pictures.append(figure))
-    tuning.plot_departures()
-    (axis,) = pictures[0].axes
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that benchmarks.pictures would save."""
+    from benchmarks import pictures
+
+    figures = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_picture_of_the_departures(tuning, figures):
+    from benchmarks import pictures
+
+    pictures.plot_departures()
+    (axis,) = figures[0].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["rate"]
     _, mark = axis.lines[:2]
     assert mark.get_xdata()[0] == pytest.approx(0.5)  # what it buys
 
 
-SPEED_HEAD = "contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n"
+def test_speed_is_the_median_ratio_to_the_peer_in_the_same_repetition(tables, figures, tmp_path):
+    from benchmarks import pictures
 
-
-def test_speed_is_the_median_ratio_to_the_peer_in_the_same_repetition(
-    report, monkeypatch, tmp_path
-):
     (tmp_path / "speed").mkdir()
-    lines = ["sb3,1,100,6,300", "default,1,300,6,300", "EnvPool,1,500,6,300"]
+    lines = ["contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes"]
+    lines += ["sb3,1,100,6,300", "default,1,300,6,300", "EnvPool,1,500,6,300"]
     lines += ["sb3,2,200,3,300", "default,2,900,3,300", "EnvPool,2,1000,3,300"]
     path = tmp_path / "speed" / "ppo_continuous__Hopper-v5.csv"
-    path.write_text(SPEED_HEAD + "\n".join(lines))
-    pictures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: pictures.append(figure))
-    report.plot_speed()
-    (axis,) = pictures[0].axes
+    path.write_text("\n".join(lines))
+    pictures.plot_speed()
+    (axis,) = figures[0].axes
     assert [bar.get_width() for bar in axis.patches] == [(3 + 4.5) / 2, 5]
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     assert legend == ["this script", "this script with EnvPool"]
     row = "| ppo_continuous, Hopper-v5 | default | 600 (300-900) | 3.8 (3.0-4.5) | 6 / 3 | 300 |"
-    assert report.speed_table().splitlines()[3] == row
+    assert tables.speed_table().splitlines()[3] == row
 
 
-def test_results_of_other_code_or_flags_are_named(report, monkeypatch):
-    line = report.stale_line("mine")
+def test_results_of_other_code_or_flags_are_named(tables, monkeypatch):
+    line = tables.stale_line("mine")
     assert line == "Of 9 runs 9 are of an older script or flags: 9 of ppo_continuous."
-    rows = report.read_index("mine")
+    rows = tables.read_index("mine")
     for row in rows:
         code = runner.code_hash(ROOT / "ppo_continuous.py")
         row["key"] = Job("mine", Entry("ppo_continuous", row["task"]), int(row["seed"]), code).key
-    assert report.stale_line("mine") == "All results are of the scripts as they are."
+    assert tables.stale_line("mine") == "All results are of the scripts as they are."
     rows[0]["key"] = Job("mine", Entry("ppo_continuous", "A-v0", "--gamma 0.9"), 1, code).key
-    assert "1 of ppo_continuous" in report.stale_line("mine")
+    assert "1 of ppo_continuous" in tables.stale_line("mine")
 
 
-def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "BARS", {"A-v0": 20, "C-v0": 20})
+def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "BARS", {"A-v0": 20, "C-v0": 20})
     (tmp_path / "mine").mkdir()
     for task, seeds in (("A-v0", 4), ("C-v0", 1)):
         for seed in range(1, seeds + 1):
@@ -550,17 +556,17 @@ def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(report, monk
             text = "".join(f"{step},{value},1.0,0\n" for step, value in points)
             path = tmp_path / f"mine/ppo_continuous__{task}__s{seed}.csv"
             path.write_text("step,episodic_return,seconds,largest_kl\n" + text)
-    row = report.steps_table("mine").splitlines()[2]
+    row = tables.steps_table("mine").splitlines()[2]
     assert row.startswith("| ppo_continuous | 550 [")
     assert row.endswith("(4) | 0 of 1 seeds reach it |")
 
 
-def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monkeypatch, tmp_path):
+def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(tables, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "references", lambda: {("A-v0", "random"): 0.0})
-    monkeypatch.setitem(report.SUITES, "mine", (Entry("trpo_continuous", "A-v0"),))
+    monkeypatch.setattr(tables, "references", lambda: {("A-v0", "random"): 0.0})
+    monkeypatch.setitem(tables.SUITES, "mine", (Entry("trpo_continuous", "A-v0"),))
     row = {"label": "trpo_continuous", "script": "trpo_continuous", "task": "A-v0", "seed": "1"}
-    monkeypatch.setattr(report, "read_index", lambda suite: [row])
+    monkeypatch.setattr(tables, "read_index", lambda suite: [row])
     job = Job("mine", Entry("trpo_continuous", "A-v0"), 1, "code")
     rows = []
     for step, kl in ((100, 0.002), (200, 0.009), (300, 0.003)):
@@ -569,20 +575,20 @@ def test_curves_and_the_trust_table_hold_the_kl_of_whole_iterations(report, monk
     runner.write_curve(job, rows)
     head = job.curve.read_text().splitlines()[0]
     assert head == "step,episodic_return,seconds,largest_kl_iteration"
-    assert report.trust_table("mine").splitlines()[2].startswith("| A-v0 | 0.00900 |")
+    assert tables.trust_table("mine").splitlines()[2].startswith("| A-v0 | 0.00900 |")
     for row_of_update in rows:
         del row_of_update["kl_iteration"]
     runner.write_curve(job, rows)
-    assert "0.001" in job.curve.read_text() and report.trust_table("mine") == ""
+    assert "0.001" in job.curve.read_text() and tables.trust_table("mine") == ""
 
 
-def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(report):
+def test_worst_drop_is_the_lowest_ratio_to_the_best_after_300k(tables):
     import numpy as np
 
     steps = [100_000, 200_000, 300_000, 400_000, 500_000]
     points = np.stack([steps, [10.0, 1.0, 8.0, 20.0, 15.0]], 1)
-    assert report.worst_drop(points, 0.0) == pytest.approx(0.75)
-    assert report.worst_drop(points[:3], 0.0) == pytest.approx(0.8)
+    assert tables.worst_drop(points, 0.0) == pytest.approx(0.75)
+    assert tables.worst_drop(points[:3], 0.0) == pytest.approx(0.8)
     below = np.array([(300_000, -4.0), (400_000, -22.0)])
-    drop = report.worst_drop(below, -40.0)
+    drop = tables.worst_drop(below, -40.0)
     assert drop == pytest.approx(0.5)  # half of the way back to a random policy
