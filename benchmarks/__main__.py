@@ -5,6 +5,7 @@ python -m benchmarks status --suite mujoco --seeds 1-5
 python -m benchmarks report
 """
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from benchmarks.runner import (
     ROOT,
     BenchmarkError,
     Job,
-    missing,
+    missing_package,
     progress,
     read_index,
     run_jobs,
@@ -42,7 +43,8 @@ class Run(Choice):
     # send the runs to a Ray cluster: auto is the one of this machine, or give HOST:PORT
     ray: str | None = None
     retry: bool = False  # try failed runs again
-    # print one command a run, for a scheduler. The same without this flag then records the runs
+    # print the commands of what is not done, for a scheduler. The same command without this flag
+    # then records the runs
     dry_run: bool = False
 
 
@@ -63,38 +65,36 @@ Command = (
 )
 
 
-def run(command: Run, jobs: list[Job]) -> int:
-    """Returns the exit code."""
-    if command.workers < 1:
-        raise BenchmarkError(f"--workers {command.workers}: one or more")
-    if command.dry_run:
-        for job in jobs:
-            print(f"{job.command} --run-dir {job.folder.relative_to(ROOT)}")
-        return 0
-    return run_jobs(jobs, command.workers, command.retry, command.ray)
+def print_commands(jobs: list[Job], done: set[str]) -> None:
+    """Print the command of each run that has not ended."""
+    for job in jobs:
+        if state(job, done) not in ("done", "to record"):
+            _, *words = job.argv(job.folder.relative_to(ROOT))
+            print(shlex.join(["python", *words]))
 
 
-def print_status(suite: str, jobs: list[Job]) -> None:
-    done = {row["key"] for row in read_index(suite)}
+def print_status(jobs: list[Job], done: set[str]) -> None:
+    """Print the state of each run, and how many are in each state."""
     states = {job: state(job, done) for job in jobs}
-    for job, what in states.items():
+    for job, found in states.items():
         detail = ""
-        if what == "done":
+        if found == "done":
             detail = score(job)
-        elif what == "half-done":
+        elif found == "half-done":
             detail = f"{progress(job):,} steps"
-        elif what == "failed":
+        elif found == "failed":
             detail = " / ".join(job.error.read_text().splitlines()[-2:])
-        print(f"{what:10} {job.name:60} {detail}".rstrip())
-    print(", ".join(f"{count} {what}" for what, count in Counter(states.values()).items()))
+        print(f"{found:10} {job.name:60} {detail}".rstrip())
+    print(", ".join(f"{count} {found}" for found, count in Counter(states.values()).items()))
 
 
 def report() -> None:
+    """Draw the pictures and write the tables."""
     try:
         from benchmarks.pictures import draw_pictures
         from benchmarks.tables import write_tables
     except ModuleNotFoundError as error:
-        raise missing(error.name) from error
+        raise missing_package(error.name) from error
     for path in [*draw_pictures(), *write_tables()]:
         print(path.relative_to(ROOT))
 
@@ -106,10 +106,16 @@ def main() -> int:
         report()
         return 0
     jobs = select(command.suite, command.seeds, command.only, command.tasks)
-    if isinstance(command, Run):
-        return run(command, jobs)
-    print_status(command.suite, jobs)
-    return 0
+    done = {row["key"] for row in read_index(command.suite)}
+    if isinstance(command, Status):
+        print_status(jobs, done)
+        return 0
+    if command.dry_run:
+        print_commands(jobs, done)
+        return 0
+    if command.workers < 1:
+        raise BenchmarkError(f"--workers {command.workers}: one or more")
+    return run_jobs(jobs, command.workers, command.retry, command.ray)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ class Outcome(NamedTuple):
 def run_on_ray(jobs: list[Job], address: str) -> int:
     """Train these jobs on the cluster at `address`. Returns the exit code.
 
-    Half-done runs go on from their checkpoint on this machine. Those of a lost node do so again on
-    another one. Ctrl-C cancels what is not done. Raises BenchmarkError if there is no cluster.
+    Half-done runs go on from their checkpoint on this machine. If a node is lost, its runs start
+    from there again on another one. Ctrl-C cancels what is not done. Raises BenchmarkError if there
+    is no cluster.
     """
     connect(address)
     task = ray.remote(num_cpus=1, max_retries=-1)(train)
@@ -106,7 +107,9 @@ def train(job: Job, files: dict[str, bytes], at_commit: str) -> Outcome:
     if code_hash(job.script) != job.code:
         text = f"{job.script.name} has changed since this command began: run it again"
         return Outcome(1, text)
-    with tempfile.TemporaryDirectory() as parent:  # another try may still be writing into its own
+    with (
+        tempfile.TemporaryDirectory() as parent
+    ):  # not job.folder, in which an earlier try may still write
         folder = Path(parent, "run")
         if "checkpoint.pt" in files:
             write(folder, files)
@@ -133,7 +136,7 @@ def train(job: Job, files: dict[str, bytes], at_commit: str) -> Outcome:
 
 
 def store(job: Job, outcome: Outcome) -> None:
-    """Keep what came back from a node, and tell it."""
+    """Keep what came back from a node, and print how the run ended."""
     job.error.unlink(missing_ok=True)
     text = outcome.text
     if outcome.code == 0:

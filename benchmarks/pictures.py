@@ -21,10 +21,11 @@ from benchmarks.tables import (
     difference,
     interval,
     iqm_estimates,
+    normalized,
+    on_peer_tasks,
     references,
     speed_files,
     speed_ratios,
-    with_peers,
 )
 
 SPEED_NAMES = {  # contestants of speed.py that the picture shows
@@ -36,6 +37,7 @@ SPEED_NAMES = {  # contestants of speed.py that the picture shows
 # Okabe and Ito's colours, which colour-blind people can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#888888"
+WITHOUT_PICTURES = ("tuning", "mujoco-peers", "mujoco-flags")  # of their own
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -116,9 +118,10 @@ def plot_label(axis, suite: str, label: str, task: str, look: dict[str, str]) ->
 
 def plot_aggregate(suite: str) -> None:
     """Left, interquartile means with intervals. Right, performance profiles."""
-    data = with_peers(suite)
-    if not data:
+    whole = normalized(suite)
+    if not whole:
         return
+    data = whole | on_peer_tasks() if suite == "mujoco" else whole
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.3 * len(data) + 1.6))
     for i, (value, low, high) in enumerate(iqm_estimates(data).values()):
         draw_interval(left, i, value, low, high, style(i)["color"])
@@ -129,7 +132,6 @@ def plot_aggregate(suite: str) -> None:
     left.set_xlabel(f"interquartile mean of normalized scores\n({scale})", fontsize=8)
     levels = np.linspace(0, 1.6, 81)
     np.random.seed(0)
-    whole = {label: x for label, x in data.items() if " tasks" not in label}
     profiles, bands = rly.create_performance_profile(whole, levels, reps=RESAMPLES)
     for i, (label, profile) in enumerate(profiles.items()):
         right.plot(levels, profile, label=label, linewidth=1.4, **style(i))
@@ -207,14 +209,14 @@ def plot_speed() -> None:
 
 
 def draw_pictures() -> list[Path]:
-    """Draw the pictures of every suite that has results. Returns the files."""
+    """Draw what has results. Returns the pictures that there are then."""
     matplotlib.use("Agg")
     plt.rcParams["svg.hashsalt"] = "trust-region"
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
     pictures = [plot_departures, plot_speed]
-    for suite in ("mujoco", "classic", "atari"):
-        if read_index(suite):
+    for suite in SUITES:
+        if suite not in WITHOUT_PICTURES and read_index(suite):
             pictures += [partial(plot_curves, suite), partial(plot_aggregate, suite)]
     for draw in tqdm(pictures, desc="pictures", disable=None):
         draw()

@@ -117,7 +117,7 @@ class Job:
 
     @property
     def error(self) -> Path:
-        """The output of a run that failed by itself."""
+        """The output of a run that failed by itself, or its last lines."""
         return self.folder.with_suffix(".error")
 
     @property
@@ -125,10 +125,13 @@ class Job:
         return RESULTS / self.suite / f"{self.name}.csv"
 
     def argv(self, folder: Path) -> list[str]:
-        """Return the command that trains into `folder`, or resumes from its checkpoint."""
+        """Return the command that trains into `folder`, or resumes from its checkpoint.
+
+        A relative folder is one in the repository.
+        """
         words = shlex.split(self.command)
         checkpoint = folder / "checkpoint.pt"
-        if checkpoint.exists():
+        if (ROOT / checkpoint).exists():
             return [sys.executable, words[1], "--resume", str(checkpoint)]
         return [sys.executable, *words[1:], "--run-dir", str(folder)]
 
@@ -190,7 +193,7 @@ def state(job: Job, done: set[str]) -> str:
     """
     if job.key in done:
         return "done"
-    if (job.folder / "eval.json").exists():
+    if (job.folder / "eval.json").exists() and (job.folder / "progress.csv").exists():
         return "to record"
     if job.error.exists():
         return "failed"
@@ -203,7 +206,7 @@ def progress(job: Job) -> int:
     """Return the steps that a run has done so far."""
     path = job.folder / "progress.csv"
     row = last_row(path) if path.exists() else []
-    return int(row[0]) if row and row[0].isdigit() else 0
+    return int(row[0]) if row and row[0].isdigit() else 0  # the first row is the header
 
 
 def last_row(path: Path) -> list[str]:
@@ -291,10 +294,10 @@ def record(job: Job, at_commit: str) -> dict[str, str]:
 
 
 def write_curve(job: Job, rows: list[dict[str, str]]) -> None:
-    """Write POINTS rows: step, mean return of 100 training episodes, seconds, largest KL since.
+    """Write POINTS rows: step, mean return of 100 training episodes, seconds, largest KL.
 
-    `rows` are those of progress.csv. The KL is that of a whole iteration where the script measures
-    it, and that of the update otherwise.
+    `rows` are those of progress.csv. The KL is the largest one since the row before: that of a
+    whole iteration where the script measures it, and that of the update otherwise.
     """
     total = int(rows[-1]["step"])
     kl = "kl_iteration" if "kl_iteration" in rows[0] else "approx_kl"
@@ -326,8 +329,8 @@ def hardware() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text())
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores".replace(",", "")
+        name = models[0].replace(",", "") if models else name
+    return f"{name} {os.cpu_count()} cores"
 
 
 def commit() -> str:
@@ -350,9 +353,9 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
     """
     suite = jobs[0].suite
     if any(job.entry.script in PEERS for job in jobs) and not find_spec("stable_baselines3"):
-        raise missing("stable_baselines3")
+        raise missing_package("stable_baselines3")
     if ray is not None and not find_spec("ray"):
-        raise missing("ray")
+        raise missing_package("ray")
     with locked(suite) as lock:
         done = {row["key"] for row in read_index(suite)}
         states = {job: state(job, done) for job in jobs}
@@ -365,7 +368,9 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
         print(f"{len(jobs)} runs: {counts}", flush=True)
         for job in list(todo):
             if states[job] == "to record":
-                append(suite, record(job, commit()))
+                row = record(job, "")
+                row |= {"versions": "", "hardware": ""}  # it may have run on another machine
+                append(suite, row)
                 todo.remove(job)
                 print(f"done: {job.command}\n  {score(job)}")
         if ray is None:
@@ -380,7 +385,8 @@ def run_jobs(jobs: list[Job], workers: int, retry: bool, ray: str | None = None)
     return code
 
 
-def missing(package: str) -> BenchmarkError:
+def missing_package(package: str) -> BenchmarkError:
+    """Return the error for a package of benchmarks/requirements.txt."""
     return BenchmarkError(f"{package} is missing: pip install -r benchmarks/requirements.txt")
 
 
@@ -409,7 +415,7 @@ def run_here(jobs: list[Job], workers: int, lock: int) -> int:
                     interrupt(running)
                 for future in ended:
                     job = waiting.pop(future)
-                    finished += budget(job)
+                    finished += progress(job) if stopping else budget(job)
                     reason = future.result()
                     if reason is not None:
                         failed = True
@@ -429,7 +435,10 @@ def run_here(jobs: list[Job], workers: int, lock: int) -> int:
 def train(
     job: Job, stop: threading.Event, running: dict[Job, subprocess.Popen], lock: int
 ) -> str | None:
-    """Train one run to its end, with one thread of PyTorch. Returns why it failed, if it did."""
+    """Train one run to its end, with one thread of PyTorch. Returns why it failed, if it did.
+
+    `running` shows the caller its process. `lock` is the file descriptor of the suite's lock.
+    """
     if stop.is_set():
         return None
     if code_hash(job.script) != job.code:
@@ -450,6 +459,8 @@ def train(
             start_new_session=True,  # a Ctrl-C reaches it through `interrupt` alone
         )
         running[job] = process
+        if stop.is_set():  # since the test above
+            process.send_signal(signal.SIGINT)
         code = process.wait()
         del running[job]
     if code == 0:

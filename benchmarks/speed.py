@@ -18,7 +18,7 @@ compiler's cache is empty, and warm in the others. Compilation is on, because th
 short for `--compile auto`. Memory is the peak of the main process, without the compiler's.
 
 The table shows the median over repetitions, the range, and the median ratio to the peer. Below it
-stands where the time of the first contestant goes. On Atari the last line has the limits: ALE
+stands where the time of the next contestant goes. On Atari the last line has the limits: ALE
 alone, the compiled minibatch step alone, and what both would allow in turn.
 """
 
@@ -26,6 +26,7 @@ import copy
 import functools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -105,7 +106,7 @@ class Args:
     repetitions: int = 5  # runs of each contestant
     # only these contestants. "peer + EnvPool", the peer on EnvPool, runs only if it is named
     contestants: tuple[str, ...] = ()
-    # a commit. Its version of the script is the peer of today's, both with default flags
+    # a commit. Its version of the script is the peer, with the flags of the first contestant
     against: str | None = None
     # CSV of the single runs. Default: benchmarks/results/speed/<script>__<task>.csv
     out: Path | None = None
@@ -122,6 +123,8 @@ class Timing:
         self.parts = {}  # function -> seconds since the end of the first iteration
 
     def result(self) -> dict:
+        if len(self.times) < 2:
+            sys.exit("--steps must be two iterations or more")
         seconds = self.times[-1] - self.times[0]
         return {
             "start_up_s": self.times[0] - float(os.environ["STARTED"]),
@@ -136,7 +139,7 @@ class Timing:
 
 def run_script(args: Args) -> Timing:
     """Train a script."""
-    script = args.one if args.one in ATARI else args.script
+    script = args.one if args.one in ATARI else args.script  # the peer of ACER is a script
     contestants = CONTESTANTS[args.script]
     flags = contestants.get(args.one, "")
     folder = ROOT
@@ -156,7 +159,7 @@ def run_script(args: Args) -> Timing:
     def log(*inputs) -> None:
         original(*inputs)
         timing.times.append(time.time())
-        steps.append(inputs[1])
+        steps.append(inputs[1])  # environment steps so far
         if len(steps) == 1:
             for seconds in spent.values():
                 seconds.clear()
@@ -172,9 +175,7 @@ def run_script(args: Args) -> Timing:
         module.train(parsed)
     if not steps:  # of several processes only the first writes a log
         sys.exit()
-    if len(steps) < 2:
-        sys.exit(f"--steps {args.steps} are less than two iterations")
-    timing.batch = steps[1] - steps[0]
+    timing.batch = steps[0]
     timing.parts = {part: sum(seconds) for part, seconds in spent.items() if seconds}
     return timing
 
@@ -261,8 +262,8 @@ def peer_pool(task: str):
 
     class Pool(VecEnv):
         def __init__(self):
-            threads = ppo_continuous.env_options(ppo_continuous.Args())
-            self.pool = ppo_continuous.make_envs(f"envpool:{task}", 16, 1, **threads)
+            options = ppo_continuous.env_options(ppo_continuous.Args())
+            self.pool = ppo_continuous.make_envs(f"envpool:{task}", 16, 1, **options)
             with closing(ppo_continuous.gym.make(task)) as env:
                 super().__init__(16, env.observation_space, env.action_space)
 
@@ -357,22 +358,35 @@ def run_once(args: Args) -> None:
 # ---- All runs ------------------------------------------------------------------------------------
 
 
-def main(args: Args) -> None:
-    contestants = CONTESTANTS[args.script]
+def choose(args: Args) -> list[str]:
+    """Return the contestants, the peer first. Exits with a line for flags that make no sense."""
+    contestants = list(CONTESTANTS[args.script])
+    known = contestants if args.script in ATARI else [*contestants, POOLED]
     for name in args.contestants:
-        if name not in (*contestants, POOLED):
-            known = ", ".join([*contestants, POOLED])
-            sys.exit(f"speed.py: --contestants {name}: {args.script} has {known}")
-    names = [PEERS[args.script], *(args.contestants or contestants)]
-    if args.against:
-        names = [args.against, next(iter(contestants))]
+        if name not in known or args.contestants.count(name) > 1:
+            sys.exit(f"speed.py: --contestants {name}: once each of {', '.join(known)}")
+    if args.repetitions < 1:
+        sys.exit(f"speed.py: --repetitions {args.repetitions}: one or more")
+    if not args.against:
+        return [PEERS[args.script], *(args.contestants or contestants)]
+    if args.contestants:
+        sys.exit("speed.py: --against compares one contestant: leave out --contestants")
+    show = ["git", "cat-file", "-e", f"{args.against}:{args.script}.py"]
+    if subprocess.run(show, cwd=ROOT, capture_output=True).returncode != 0:
+        sys.exit(f"speed.py: --against {args.against}: no commit with a {args.script}.py")
+    return [args.against, contestants[0]]
+
+
+def main(args: Args) -> None:
+    names = choose(args)
     folder = ROOT / "benchmarks" / "results" / "speed"
     if args.against:
         folder = folder / "editions"
     out = args.out or folder / f"{args.script}__{Path(args.task).name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     results = {name: [] for name in names}
-    with out.open("w") as file, tempfile.TemporaryDirectory() as cache:
+    unfinished = out.with_suffix(".tmp")
+    with unfinished.open("w") as file, tempfile.TemporaryDirectory() as cache:
         file.write("contestant,repetition,steps_per_second,start_up_seconds,peak_megabytes\n")
         for repetition in range(args.repetitions):
             first = repetition % len(names)
@@ -384,8 +398,10 @@ def main(args: Args) -> None:
                 file.flush()
                 count = f"{repetition + 1}/{args.repetitions}"
                 print(f"{count} {name}: {result['sps']:.0f} steps/s", file=sys.stderr)
+        os.replace(unfinished, out)
         print_table(Path(args.task).name, results)
-        print_parts(names[1], results[names[1]])
+        if results[names[1]][0]["parts"]:
+            print_parts(names[1], results[names[1]])
         if args.script in ATARI and not args.against:
             limits = start(args, "limits", cache)
             print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
@@ -410,8 +426,8 @@ def start(args: Args, name: str, cache: str) -> dict:
     if "not compiled: " in done.stdout:
         sys.exit(f"{name} could not be compiled: {done.stdout}")
     if done.returncode != 0:
-        lines = done.stderr.splitlines() or [done.stdout]
-        sys.exit(f"{name} failed: {lines[-1]}")
+        words = re.findall(r".*\w.*", done.stderr or done.stdout)  # torchrun ends with a rule
+        sys.exit(f"{name} failed: {words[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""What is compared. A suite is a tuple of entries, and each entry is run once for each seed."""
+"""What is compared. A suite is a list of entries, and each entry is run once for each seed."""
 
 from typing import NamedTuple
 
@@ -28,11 +28,11 @@ NINE = (
     "Walker2d-v5",
 )
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
-CHOOSING = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+TUNING_TASKS = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1")
 SHORT = "--total-timesteps 20_480 --eval-episodes 10"  # a run of seconds
 EVALUATION = "--eval-episodes 100"
-FLAGS = {"Swimmer-v5": "--gamma 0.9999"}  # its returns lie beyond the horizon of 0.99
+TASK_FLAGS = {"Swimmer-v5": "--gamma 0.9999"}  # its returns lie beyond the horizon of 0.99
 PPO_CANDIDATES = {  # each departure from the paper that is a flag reverted alone, and all at once
     "ppo": "",
     "ppo-without-num_envs": "--num-envs 1 --num-steps 2048",
@@ -56,7 +56,7 @@ TRPO_CANDIDATES = {
 
 def mujoco(script: str) -> list[Entry]:
     """Nine tasks with the script's default flags, a million steps each."""
-    return [Entry(script, task, f"{FLAGS.get(task, '')} {EVALUATION}") for task in NINE]
+    return [Entry(script, task, f"{TASK_FLAGS.get(task, '')} {EVALUATION}") for task in NINE]
 
 
 def classic(script: str, flags: str = "", name: str = "") -> list[Entry]:
@@ -72,11 +72,11 @@ def atari(script: str, game: str, flags: str = "") -> Entry:
 
 
 def tuning(script: str, candidates: dict[str, str]) -> list[Entry]:
-    """Candidates for the default of a script: label -> flags. Two cores train two on EnvPool."""
+    """Candidates for the default of a script: label -> flags. EnvPool has one thread a run."""
     return [
         Entry(script, f"envpool:{task}", f"{flags} --env-threads 1 --eval-episodes 20", label)
         for label, flags in candidates.items()
-        for task in CHOOSING
+        for task in TUNING_TASKS
     ]
 
 
@@ -88,7 +88,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo_atari", "ALE/Pong-v5", "--total-timesteps 256 --num-steps 16 --eval-episodes 0"),
     ],
     "mujoco": mujoco("ppo_continuous") + mujoco("trpo_continuous"),
-    "mujoco-flags": [  # what helps one task
+    "mujoco-flags": [  # flags that help one task
         Entry("ppo_continuous", "Ant-v5", f"--gae-lambda 0.9 --learning-rate 2e-4 {EVALUATION}"),
         Entry(
             "trpo_continuous",

@@ -43,24 +43,21 @@ def algorithm(label: str) -> str:
     return next(name for name in ("TRPO", "PPO", "ACER") if name.lower() in label)
 
 
+def by_seed(suite: str, label: str, task: str) -> dict[int, dict[str, str]]:
+    """Return seed -> row of index.csv, sorted by seed."""
+    rows = [row for row in read_index(suite) if (row["label"], row["task"]) == (label, task)]
+    return {int(row["seed"]): row for row in sorted(rows, key=lambda row: int(row["seed"]))}
+
+
 def scores(suite: str, column: str = "last100") -> dict[str, dict[str, list[float]]]:
     """Return label -> task -> score of each seed, in the order of the suite."""
-    rows = sorted(read_index(suite), key=lambda row: int(row["seed"]))
     found = defaultdict(dict)
     for entry in SUITES[suite]:
-        values = []
-        for row in rows:
-            if (row["label"], row["task"]) == (entry.label, entry.task) and row[column]:
-                values.append(float(row[column]))
+        rows = by_seed(suite, entry.label, entry.task).values()
+        values = [float(row[column]) for row in rows if row[column]]
         if values:
             found[entry.label][entry.task] = values
     return dict(found)
-
-
-def seeds_of(suite: str, label: str, task: str) -> list[int]:
-    """Return the seeds that have run."""
-    rows = read_index(suite)
-    return [int(row["seed"]) for row in rows if (row["label"], row["task"]) == (label, task)]
 
 
 def curves(suite: str, label: str, task: str) -> list[np.ndarray]:
@@ -70,7 +67,7 @@ def curves(suite: str, label: str, task: str) -> list[np.ndarray]:
     mean KL of an iteration since the point before. NaN where there is none.
     """
     found = []
-    for seed in seeds_of(suite, label, task):
+    for seed in by_seed(suite, label, task):
         rows = csv.DictReader((RESULTS / suite / f"{run_name(label, task, seed)}.csv").open())
         columns = ("step", "episodic_return", "largest_kl_iteration")
         points = [[row.get(name) or "nan" for name in columns] for row in rows]
@@ -133,8 +130,8 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
 def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Return label -> scores (seeds, tasks): a random policy is 0, the published reference 1.
 
-    With `tasks`: of these alone, and of the labels that have run all of them. Each task has as many
-    seeds as the one with the fewest.
+    With `tasks`: of these alone, and of the labels that have run all of them. If some tasks have
+    more seeds than others, their last seeds are left out.
     """
     published = references()
     result = {}
@@ -158,14 +155,12 @@ def peer_tasks() -> list[str]:
     return list(dict.fromkeys(entry.task for entry in SUITES["mujoco-peers"]))
 
 
-def with_peers(suite: str) -> dict[str, np.ndarray]:
-    """`normalized`, and for `mujoco` also the peers and the scripts on the peers' tasks alone."""
-    data = normalized(suite)
-    if suite != "mujoco":
-        return data
+def on_peer_tasks() -> dict[str, np.ndarray]:
+    """Return the scripts and their peers on the peers' tasks, with names that say so."""
     tasks = peer_tasks()
-    ours = normalized(suite, tasks)
-    peers = normalized("mujoco-peers")
+    ours = normalized("mujoco", tasks)
+    peers = normalized("mujoco-peers", tasks)
+    data = {}
     for script, peer in PEER_OF.items():
         if script in ours and peer in peers:
             data[f"{script}, {len(tasks)} tasks"] = ours[script]
@@ -288,23 +283,26 @@ def versus_table(ours: str) -> str:
     rows = []
     for task in columns[0]:
         cells = [cell(column.get(task)) for column in columns]
-        rows.append([task, *cells, number(published[task, algorithm(ours)])])
+        best = published.get((task, algorithm(ours)))
+        rows.append([task, *cells, "" if best is None else number(best)])
     return markdown([*head, "published"], rows)
 
 
 def flags_table() -> str:
-    """What helps one task: scores with the flags and with the defaults, on the same seeds."""
-    head = ["script", "task", "flags", "training", "with the default", "gain"]
+    """Training scores with flags that help one task, and those of `mujoco` on the same seeds."""
+    head = ["script", "task", "flags", "training", "in the table above", "gain"]
     rows = []
     for entry in SUITES["mujoco-flags"]:
-        mine = scores("mujoco-flags").get(entry.label, {}).get(entry.task, [])
-        default = scores("mujoco").get(entry.script, {}).get(entry.task, [])
-        both = list(zip(mine, default, strict=False))  # both start with seed 1
-        if both:
-            mine, default = (list(values) for values in zip(*both, strict=True))
-            gain = cell([a - b for a, b in both])
+        mine = by_seed("mujoco-flags", entry.label, entry.task)
+        above = by_seed("mujoco", entry.script, entry.task)
+        seeds = [seed for seed in mine if seed in above]
+        if seeds:
+            a = [float(mine[seed]["last100"]) for seed in seeds]
+            b = [float(above[seed]["last100"]) for seed in seeds]
+            gain = [x - y for x, y in zip(a, b, strict=True)]
             flags = entry.flags.partition(" --eval-episodes")[0]
-            rows.append([entry.script, entry.task, f"`{flags}`", cell(mine), cell(default), gain])
+            cells = [cell(values) for values in (a, b, gain)]
+            rows.append([entry.script, entry.task, f"`{flags}`", *cells])
     return markdown(head, rows)
 
 
@@ -330,8 +328,8 @@ def trust_table(suite: str) -> str:
     for task in dict.fromkeys(entry.task for entry in SUITES[suite]):
         found = curves(suite, "trpo_continuous", task)
         found = [points for points in found if not np.isnan(points[:, 2]).any()]
-        if found:
-            zero = references()[task, "random"]
+        zero = references().get((task, "random"))
+        if found and zero is not None:
             largest = max(points[:, 2].max() for points in found)
             drop = min(worst_drop(points[:, :2], zero) for points in found)
             rows.append([task, f"{largest:.5f}", f"{drop:.2f}"])
@@ -339,7 +337,7 @@ def trust_table(suite: str) -> str:
 
 
 def steps_table(suite: str) -> str:
-    """The steps after which the mean of 100 training episodes first reached the bar of BARS."""
+    """The steps after which the mean of 100 training episodes first reached the score in BARS."""
     tasks = dict.fromkeys(entry.task for entry in SUITES[suite] if entry.task in BARS)
     head = ["", *[f"steps to {BARS[task]} on {task}" for task in tasks]]
     rows = []
@@ -359,7 +357,9 @@ def steps_table(suite: str) -> str:
 
 def aggregate_table(suite: str) -> str:
     """Interquartile means over all runs."""
-    data = with_peers(suite)
+    data = normalized(suite)
+    if suite == "mujoco":
+        data |= on_peer_tasks()
     rows = []
     for label, (value, low, high) in iqm_estimates(data).items() if data else ():
         seeds, tasks = data[label].shape
@@ -391,15 +391,16 @@ def improvement_lines(ours: str, theirs: str) -> str:
     return "\n".join(lines)
 
 
-def stale_line(suite: str) -> str:
+def older_line(suite: str) -> str:
     """How many results are of another version of a script, or of other flags, than in the tree."""
     entries = {(entry.label, entry.task): entry for entry in SUITES[suite]}
     codes = {entry.script: code_hash(script_path(entry.script)) for entry in SUITES[suite]}
     old = defaultdict(int)
     rows = read_index(suite)
     for row in rows:
-        entry = entries[row["label"], row["task"]]
-        if Job(suite, entry, int(row["seed"]), codes[entry.script]).key != row["key"]:
+        entry = entries.get((row["label"], row["task"]))
+        seed = int(row["seed"])
+        if entry is None or Job(suite, entry, seed, codes[entry.script]).key != row["key"]:
             old[row["label"]] += 1
     if not old:
         return "All results are of the scripts as they are."
@@ -433,7 +434,7 @@ def speed_table() -> str:
             mine = [row for row in runs if row["contestant"] == name]
             speeds = [float(row["steps_per_second"]) for row in mine]
             cold, *warm = [float(row["start_up_seconds"]) for row in mine]
-            start = f"{cold:.0f} / {np.median(warm):.0f}"
+            start = f"{cold:.0f} / {np.median(warm):.0f}" if warm else f"{cold:.0f}"
             memory = max(int(row["peak_megabytes"]) for row in mine)
             figures = [with_range(speeds, 0), with_range(ratios, 1), start, f"{memory:,}"]
             rows.append([f"{script}, {task}", name, *figures])
@@ -452,7 +453,7 @@ def front_table() -> str:
     head += ["times the peer's steps/s", "with EnvPool", "lines to read"]
     on_nine = normalized("mujoco", NINE)
     on_four = normalized("mujoco", peer_tasks())
-    peers = normalized("mujoco-peers")
+    peers = normalized("mujoco-peers", peer_tasks())
     speeds = speed_files()
     rows = []
     for script in SCRIPTS:
@@ -503,7 +504,7 @@ def blocks() -> dict[str, str]:
             made[f"{suite} aggregate"] = aggregate_table(suite)
             made[f"{suite} steps"] = steps_table(suite)
             made[f"{suite} trust region"] = trust_table(suite)
-            made[f"{suite} older"] = stale_line(suite)
+            made[f"{suite} older"] = older_line(suite)
     return made
 
 

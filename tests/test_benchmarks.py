@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import runner
 from benchmarks.runner import BenchmarkError, Job
-from benchmarks.suites import FLAGS, SUITES, Entry
+from benchmarks.suites import SUITES, TASK_FLAGS, Entry
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def test_every_entry_is_a_command_that_its_script_understands():
 
 
 def test_swimmer_alone_has_flags_of_its_own():
-    assert FLAGS == {"Swimmer-v5": "--gamma 0.9999"}
+    assert TASK_FLAGS == {"Swimmer-v5": "--gamma 0.9999"}
 
 
 def test_the_key_depends_on_code_and_command_not_on_comments(tmp_path):
@@ -109,9 +109,9 @@ def test_bad_input_is_one_line(args, message):
     assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_dry_run_prints_one_command_a_run():
+def test_dry_run_prints_one_command_a_run(copy):
     flags = ("--suite", "mujoco", "--seeds", "1-2", "--only", "ppo_continuous", "--dry-run")
-    lines = harness("run", *flags).stdout.splitlines()
+    lines = harness("run", *flags, folder=copy).stdout.splitlines()
     assert len(lines) == 2 * 9
     command, folder = lines[0].split(" --run-dir ")
     assert command == "python ppo_continuous.py --env-id Ant-v5 --seed 1 --eval-episodes 100"
@@ -187,16 +187,12 @@ def test_a_run_that_was_killed_is_half_done_and_one_made_elsewhere_is_recorded(c
     assert killed.returncode == 1 and "killed by signal 9" in killed.stdout
     assert "1 half-done" in harness("status", *ANT, folder=copy).stdout
     python, *command = harness("run", *ANT, "--dry-run", folder=copy).stdout.split()
-    shutil.rmtree(copy / "runs")
-    (copy / "runs/benchmarks/mujoco").mkdir(parents=True)
-    # as a scheduler would, and again from where it was killed
-    subprocess.run([sys.executable, *command], cwd=copy)
-    resume = [sys.executable, command[0], "--resume", f"{command[-1]}/checkpoint.pt"]
-    subprocess.run(resume, cwd=copy, check=True)
+    subprocess.run([sys.executable, *command], cwd=copy, check=True)  # as a scheduler would
+    assert harness("run", *ANT, "--dry-run", folder=copy).stdout == ""
     assert "1 to record" in harness("status", *ANT, folder=copy).stdout
     output = harness("run", *ANT, folder=copy).stdout
     (row,) = index_of(copy, "mujoco")
-    assert row["last100"] == "299.00"
+    assert row["last100"] == "299.00" and row["hardware"] == ""
     status = harness("status", *ANT, folder=copy).stdout
     assert "1 done" in status
     for text in (output, status):
@@ -338,6 +334,26 @@ def test_a_peer_leaves_the_same_files(tmp_path):
     assert all(len(returns) == 3 for returns in evaluation.values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--contestants", "nosuch"), "--contestants nosuch: once each of default"),
+        (("--contestants", "default", "default"), "--contestants default: once each of"),
+        (("--script", "ppo_atari", "--contestants", "peer + EnvPool"), "once each of default"),
+        (("--repetitions", "0"), "--repetitions 0: one or more"),
+        (("--against", "0000000"), "--against 0000000: no commit with a ppo_continuous.py"),
+        (("--against", "HEAD", "--contestants", "default"), "leave out --contestants"),
+    ],
+)
+def test_speed_refuses_bad_flags_in_one_line_and_keeps_stored_results(flags, message, tmp_path):
+    out = tmp_path / "speed.csv"
+    out.write_text("stored")
+    command = [sys.executable, "benchmarks/speed.py", "--out", str(out), *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and message in result.stderr
+    assert result.stderr.count("\n") == 1 and out.read_text() == "stored"
+
+
 # ---- Results -------------------------------------------------------------------------------------
 
 
@@ -426,10 +442,8 @@ def test_peers_stand_beside_the_scripts_on_their_tasks_alone(tables, monkeypatch
     scores = {"label": "sb3_ppo", "last100": "-49", "deterministic": "-48"}
     peers = [row | scores for row in mine if row["task"] == "B-v0"]
     monkeypatch.setattr(tables, "read_index", {"mujoco": mine, "mujoco-peers": peers}.get)
-    data = tables.with_peers("mujoco")
-    labels = ["ppo_continuous", "ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
-    assert list(data) == labels
-    assert data["ppo_continuous"].shape == (1, 3)
+    data = tables.on_peer_tasks()
+    assert list(data) == ["ppo_continuous, 1 tasks", "Stable-Baselines3 PPO, 1 tasks"]
     assert data["ppo_continuous, 1 tasks"].tolist() == [[0], [1], [0.5], [2]]
     assert data["Stable-Baselines3 PPO, 1 tasks"].ravel() == pytest.approx(0.1)
     head, _, *rows = tables.versus_table("ppo_continuous").splitlines()
@@ -444,11 +458,13 @@ def test_the_gain_of_flags_is_that_on_the_same_seeds(tables, monkeypatch):
     suites = {"mujoco": tables.SUITES["mine"], "mujoco-flags": flags}
     monkeypatch.setattr(tables, "SUITES", suites)
     default = tables.read_index("mujoco")
-    mine = [row | {"last100": "40"} for row in default if row["task"] == "A-v0"][:2]
+    mine = [row | {"last100": "40"} for row in default if row["seed"] in ("2", "4")]
+    mine.append(mine[0] | {"seed": "7"})  # the default did not run it
+    mine = [row for row in mine if row["task"] == "A-v0"]
     monkeypatch.setattr(tables, "read_index", {"mujoco": default, "mujoco-flags": mine}.get)
     row = tables.flags_table().splitlines()[2]
-    assert row.startswith("| ppo_continuous | A-v0 | `--gamma 1` | 40.0 [40.0, 40.0] (2) | 15.0 [")
-    assert "| 25.0 [" in row and row.endswith("(2) |")
+    assert row.startswith("| ppo_continuous | A-v0 | `--gamma 1` | 40.0 [40.0, 40.0] (2) | 22.5 [")
+    assert "| 17.5 [" in row and row.endswith("(2) |")
 
 
 def test_mean_and_interval_of_a_cell(tables):
@@ -535,15 +551,15 @@ def test_speed_is_the_median_ratio_to_the_peer_in_the_same_repetition(tables, fi
 
 
 def test_results_of_other_code_or_flags_are_named(tables, monkeypatch):
-    line = tables.stale_line("mine")
+    line = tables.older_line("mine")
     assert line == "Of 9 runs 9 are of an older script or flags: 9 of ppo_continuous."
     rows = tables.read_index("mine")
     for row in rows:
         code = runner.code_hash(ROOT / "ppo_continuous.py")
         row["key"] = Job("mine", Entry("ppo_continuous", row["task"]), int(row["seed"]), code).key
-    assert tables.stale_line("mine") == "All results are of the scripts as they are."
+    assert tables.older_line("mine") == "All results are of the scripts as they are."
     rows[0]["key"] = Job("mine", Entry("ppo_continuous", "A-v0", "--gamma 0.9"), 1, code).key
-    assert "1 of ppo_continuous" in tables.stale_line("mine")
+    assert "1 of ppo_continuous" in tables.older_line("mine")
 
 
 def test_steps_to_a_bar_are_those_of_the_first_point_at_or_above_it(tables, monkeypatch, tmp_path):
