@@ -24,6 +24,8 @@ BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}
 READMES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
+    RESULTS / "mujoco" / "README.md",
+    RESULTS / "atari" / "README.md",
     RESULTS / "speed" / "README.md",
     RESULTS / "tuning" / "README.md",
 )
@@ -179,7 +181,7 @@ def estimates(data: dict, function: Callable) -> tuple[dict, dict]:
 
 def iqm_estimates(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """Return label -> interquartile mean over all runs, and the ends of its interval."""
-    points, bounds = estimates(data, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    points, bounds = estimates(data, lambda x: np.array([iqm(x.ravel())]))
     return {label: (float(points[label][0]), *map(float, bounds[label][:, 0])) for label in data}
 
 
