@@ -396,7 +396,8 @@ def improvement_lines(ours: str, theirs: str) -> str:
 def older_line(suite: str) -> str:
     """How many results are of another version of a script, or of other flags, than in the tree."""
     entries = {(entry.label, entry.task): entry for entry in SUITES[suite]}
-    codes = {entry.script: code_hash(script_path(entry.script)) for entry in SUITES[suite]}
+    names = {entry.script for entry in SUITES[suite]}
+    codes = {name: code_hash(script_path(name)) for name in names}
     old = defaultdict(int)
     rows = read_index(suite)
     for row in rows:
