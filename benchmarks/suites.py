@@ -28,7 +28,7 @@ NINE = (
     "Walker2d-v5",
 )
 FOUR = ("HalfCheetah-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Walker2d-v5")
-TUNING_TASKS = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+TUNING_TASKS = (*FOUR, "Swimmer-v5", "Ant-v5")
 CLASSIC = ("CartPole-v1", "Acrobot-v1")
 SHORT = "--total-timesteps 20_480 --eval-episodes 10"  # a run of seconds
 EVALUATION = "--eval-episodes 100"
@@ -45,12 +45,14 @@ PPO_CANDIDATES = {  # each departure from the paper that is a flag reverted alon
     "ppo-without-log_std_init": "--log-std-init 0",
     "ppo-without-log_std_final": "--log-std-final None",
     "ppo-without-all": "--paper",
+    "ppo-simple": "--learning-rate 3e-4 --gae-lambda 0.95",  # the default
+    "ppo-slow": "--learning-rate 2e-4 --gae-lambda 0.9",
 }
+TRPO_LONG = "--num-envs 4 --num-steps 256 --gae-lambda 0.95 --return-floor 0.1"
 TRPO_CANDIDATES = {
-    "trpo": "",
-    "trpo-return_floor": "--return-floor 0",
-    "trpo-log_std_final": "--log-std-final None",
-    "trpo-cg_damping": "--cg-damping 0.1",
+    "trpo-annealed": "--gae-lambda 0.95 --log-std-init -1 --log-std-final -2.5 --return-floor 0.1",
+    "trpo-long-annealed": f"{TRPO_LONG} --log-std-init -1 --log-std-final -2.5",
+    "trpo-long-learned": f"{TRPO_LONG} --log-std-init -0.5 --log-std-final None --cg-damping 0.1",
 }
 
 
@@ -74,7 +76,12 @@ def atari(script: str, game: str, flags: str = "") -> Entry:
 def tuning(script: str, candidates: dict[str, str]) -> list[Entry]:
     """Candidates for the default of a script: label -> flags. EnvPool has one thread a run."""
     return [
-        Entry(script, f"envpool:{task}", f"{flags} --env-threads 1 --eval-episodes 20", label)
+        Entry(
+            script,
+            f"envpool:{task}",
+            f"{flags} {TASK_FLAGS.get(task, '')} --env-threads 1 --eval-episodes 20",
+            label,
+        )
         for label, flags in candidates.items()
         for task in TUNING_TASKS
     ]
