@@ -113,9 +113,9 @@ SUITES: dict[str, list[Entry]] = {
         *classic("ppo_atari"),
     ],
     "atari": [
+        atari("acer_discrete", "Pong"),
         atari("ppo_atari", "Breakout"),
         atari("ppo_atari", "Pong", "--learning-rate 5e-4 --clip-coef 0.2"),
-        atari("acer_discrete", "Pong"),
     ],
     "tuning": [  # see results/tuning/README.md
         *tuning("ppo_continuous", PPO_CANDIDATES),

@@ -129,7 +129,9 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return trim_mean(values, 0.25, axis)
 
 
-def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def normalized(
+    suite: str, tasks: Sequence[str] = (), column: str = "last100"
+) -> dict[str, np.ndarray]:
     """Return label -> scores (seeds, tasks): a random policy is 0, the published reference 1.
 
     With `tasks`: of these alone, and of the labels that have run all of them. If some tasks have
@@ -137,7 +139,7 @@ def normalized(suite: str, tasks: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """
     published = references()
     result = {}
-    for label, found in scores(suite).items():
+    for label, found in scores(suite, column).items():
         name = algorithm(label)
         kept = [t for t in found if (t, name) in published and (t, "random") in published]
         if tasks:
@@ -292,7 +294,7 @@ def versus_table(ours: str) -> str:
 
 def flags_table() -> str:
     """Training scores with flags that help one task, and those of `mujoco` on the same seeds."""
-    head = ["script", "task", "flags", "training", "in the table above", "gain"]
+    head = ["script", "task", "flags", "training", "default flags", "gain"]
     rows = []
     for entry in SUITES["mujoco-flags"]:
         mine = by_seed("mujoco-flags", entry.label, entry.task)
@@ -388,7 +390,7 @@ def improvement_lines(ours: str, theirs: str) -> str:
         points, bounds = estimates({"pair": (a, b)}, metrics.probability_of_improvement)
         value = float(np.ravel(points["pair"])[0])
         low, high = np.ravel(bounds["pair"])
-        text = f"- P({script} > {peer}) = {value:.2f} [{low:.2f}, {high:.2f}]"
+        text = f"- P({script} > {PEER_NAMES[peer]}) = {value:.2f} [{low:.2f}, {high:.2f}]"
         lines.append(f"{text}, {len(tasks)} tasks, {sizes[0]} against {sizes[1]} seeds")
     return "\n".join(lines)
 
@@ -407,6 +409,8 @@ def older_line(suite: str) -> str:
             old[row["label"]] += 1
     if not old:
         return "All results are of the scripts as they are."
+    if sum(old.values()) == len(rows):
+        return f"All {len(rows)} results are of an older script or flags."
     listed = ", ".join(f"{count} of {label}" for label, count in old.items())
     return f"Of {len(rows)} runs {sum(old.values())} are of an older script or flags: {listed}."
 
@@ -422,7 +426,7 @@ def tuning_table() -> str:
             shown = flags[label].strip()
             value, low, high = difference(pairs)
             less = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if shown else ""
-            shown = f"`{shown}`" if shown else "the default"
+            shown = f"`{shown}`" if shown else "the default then"
             rows.append([label, shown, f"{iqm(pairs[:, 0]):.2f}", less, str(len(pairs))])
     return markdown(head, rows)
 
@@ -452,11 +456,10 @@ def with_range(values: list[float], digits: int) -> str:
 
 def front_table() -> str:
     """What a script is, how good and how fast it is beside its peer, and how long."""
-    head = ["script", "paper", "score, 9 tasks (seeds)", "score on 4 tasks: script, peer"]
-    head += ["times the peer's steps/s", "with EnvPool", "lines to read"]
+    head = ["script", "paper", "score, 9 tasks (seeds)", "4 tasks: script, peer"]
+    head += ["4 tasks, mean actions: script, peer", "times the peer's steps/s", "with EnvPool"]
+    head += ["lines to read"]
     on_nine = normalized("mujoco", NINE)
-    on_four = normalized("mujoco", peer_tasks())
-    peers = normalized("mujoco-peers", peer_tasks())
     speeds = speed_files()
     rows = []
     for script in SCRIPTS:
@@ -464,10 +467,7 @@ def front_table() -> str:
         score = ""
         if script in on_nine:
             score = f"{iqm(on_nine[script].ravel()):.2f} ({len(on_nine[script])})"
-        pair = ""
-        if script in on_four and PEER_OF[script] in peers:
-            both = (on_four[script], peers[PEER_OF[script]])
-            pair = ", ".join(f"{iqm(x.ravel()):.2f}" for x in both)
+        pairs = [beside_peer(script, column) for column in ("last100", "deterministic")]
         task = "Breakout-v5" if script == "ppo_atari" else "HalfCheetah-v5"
         ratios = speed_ratios(speeds.get((script, task), []))
         medians = {contestant: f"{np.median(values):.1f}" for contestant, values in ratios.items()}
@@ -478,13 +478,23 @@ def front_table() -> str:
                 f"[`{script}.py`]({script}.py)",
                 f"[{name}](https://arxiv.org/abs/{PAPERS[name]})",
                 score,
-                pair,
+                *pairs,
                 speed,
                 medians.get("EnvPool", ""),
                 f"{len(upper.splitlines()):,}",
             ]
         )
     return markdown(head, rows)
+
+
+def beside_peer(script: str, column: str) -> str:
+    """Return the IQMs of a script and of its peer on the peer's tasks, or nothing."""
+    ours = normalized("mujoco", peer_tasks(), column)
+    peers = normalized("mujoco-peers", peer_tasks(), column)
+    peer = PEER_OF.get(script)
+    if script not in ours or peer not in peers:
+        return ""
+    return ", ".join(f"{iqm(x.ravel()):.2f}" for x in (ours[script], peers[peer]))
 
 
 # ---- README files --------------------------------------------------------------------------------
