@@ -210,7 +210,7 @@ PAPER = {  # --paper: ACER sections 3 and 4, and OpenAI baselines where the pape
 
 EPS = 1e-6  # keeps ratios and logarithms of probabilities finite
 THREADS = torch.get_num_threads()  # of PyTorch, for images
-ALL = slice(None)  # part of the environments that one process alone steps
+ALL = slice(None)  # the part of a single process: all environments
 HUGE = 1e10  # larger observations are refused
 ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
 FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
@@ -629,7 +629,7 @@ class Envs:
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
     its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns something else than Gymnasium asks for.
+    raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -989,7 +989,7 @@ def make_envs(
     repeat_action_probability: float = 0.0,
     **kwargs,
 ) -> Envs | AtariEnvs:
-    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
+    """Make those of N environments that `part` selects. `kwargs` go to gym.make. Raises InputError.
 
     `life_loss` and `repeat_action_probability` are for games of ALE only.
     """

@@ -213,7 +213,7 @@ PAPER = {  # --paper: PPO section 6.4 and Table 5
 THREADS = torch.get_num_threads()  # of PyTorch, for images
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 PIXEL_LIMIT = 5.0  # normalized pixels are clipped to ± this
-ALL = slice(None)  # part of the environments that one process alone steps
+ALL = slice(None)  # the part of a single process: all environments
 HUGE = 1e10  # larger observations need norm_obs
 ALE = "ale_py.env:AtariEnv"  # entry point of its games in Gymnasium
 FRAME_STACK = 4  # ALE: frames in an observation (DQN Methods)
@@ -640,7 +640,7 @@ class Envs:
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
     its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns something else than Gymnasium asks for.
+    raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -983,7 +983,7 @@ def make_envs(
     repeat_action_probability: float = 0.0,
     **kwargs,
 ) -> Envs | AtariEnvs:
-    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
+    """Make those of N environments that `part` selects. `kwargs` go to gym.make. Raises InputError.
 
     `life_loss` and `repeat_action_probability` are for games of ALE only.
     """

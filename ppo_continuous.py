@@ -193,7 +193,7 @@ PAPER = {  # --paper: PPO section 6.1 and Table 3
 
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 POOL = "envpool:"  # prefix of the ids of EnvPool
-ALL = slice(None)  # part of the environments that one process alone steps
+ALL = slice(None)  # the part of a single process: all environments
 HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
@@ -621,7 +621,7 @@ class Envs:
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
     its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns something else than Gymnasium asks for.
+    raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -705,8 +705,8 @@ class PoolEnvs:
     """N environments of EnvPool, stepped in threads, with the interface of Envs that training uses.
 
     Its random states can't be saved. `rng_states` counts the steps so far, which give a resumed
-    run other seeds. The spaces are those of the Gymnasium task of the same name. An episode that
-    terminates at its time limit counts as truncated alone.
+    run other seeds. The spaces are those of the Gymnasium task of the same name. EnvPool reports an
+    episode that terminates at its time limit as truncated, not as terminated.
     """
 
     def __init__(self, task: str, seeds: np.ndarray, steps: int, threads: int):
@@ -943,7 +943,7 @@ def make_envs(
     env_threads: int = 0,
     **kwargs,
 ) -> Envs | PoolEnvs:
-    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
+    """Make those of N environments that `part` selects. `kwargs` go to gym.make. Raises InputError.
 
     Without `env_threads` (evaluation, film) envpool:Hopper-v5 is Gymnasium's Hopper-v5.
     """

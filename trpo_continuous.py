@@ -31,8 +31,9 @@ From TRPO eq. 14 to the update (section 6 and appendix C, with Δ = θ - θ_old)
        in the paper). To first order L(θ) ≈ L(θ_old) + gᵀΔ. The mean KL and its gradient are 0 at
        θ_old, so to second order the mean KL is ½ ΔᵀFΔ.
     3. max_Δ gᵀΔ  subject to  ½ ΔᵀFΔ ≤ δ                                               (TRPO eq. 17)
-    4. The gradient of the Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ) is g - λFΔ. It is 0 for Δ = x / λ, where
-       F x = g: x is the natural gradient. Conjugate gradients find it from products F v alone.
+    4. The gradient of the Lagrangian gᵀΔ - λ (½ ΔᵀFΔ - δ) is g - λFΔ (this λ is not that of GAE).
+       It is 0 for Δ = x / λ, where F x = g: x is the natural gradient. Conjugate gradients find it
+       from products F v alone.
     5. At the boundary ½ xᵀFx / λ² = δ, so Δ = √(2δ / xᵀFx) x.
     6. Step 2 is only approximate. So a line search shortens Δ until L(θ) > L(θ_old) and the mean KL
        is at most δ.
@@ -62,7 +63,7 @@ Departures from the TRPO paper that no flag reverts (PAPER below lists the other
     bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
     With norm_obs, the first rollout is sampled before there are statistics. The first update uses
     those of this rollout, so its π_old is not the policy that took the actions. Later statistics
-    that would move the policy by more than 1.1 δ, step included, are left out.
+    are left out if they and a step of TRPO would move the policy by more than 1.1 δ.
     Adam's ε is 1e-5. Kingma's is 1e-8.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
@@ -163,7 +164,8 @@ class AlgorithmArgs:
     orthogonal_init: bool = True
     log_std_init: float = -1.0  # log σ at the start
     # log σ at the end, reached on a straight line in log σ. None: σ is learned, from log_std_init.
-    # The line moves π outside the step. Each iteration adds a KL of about A (change of log σ)²
+    # The line moves π after the step. If log σ falls by d, A d² is added to the mean KL of the
+    # iteration, and that of the step is multiplied by about 1 + 2d
     log_std_final: float | None = -2.5
 
 
@@ -213,7 +215,7 @@ PAPER = {  # --paper: TRPO section 8.1 and appendix E
 CG_TOLERANCE = 1e-10  # of the squared norm of the residual, relative to that of g
 NORM_LIMIT = 10.0  # normalized observations and rewards are clipped to ± this
 POOL = "envpool:"  # prefix of the ids of EnvPool
-ALL = slice(None)  # part of the environments that one process alone steps
+ALL = slice(None)  # the part of a single process: all environments
 HUGE = 1e10  # larger action bounds count as none. Larger observations need norm_obs
 
 
@@ -268,7 +270,7 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 def importance_surrogate(ratio: Tensor, adv: Tensor) -> Tensor:
     """TRPO eq. 14: L(θ) = Ê[r_t Â_t], to be maximized. (B,) each, returns a scalar.
 
-    r_t = π_θ(a_t|s_t) / π_old(a_t|s_t). In eq. 14 π_old is q, and Â is Q. PPO eq. 6 is this L.
+    r_t = π_θ(a_t|s_t) / π_old(a_t|s_t). Eq. 14 has q for π_old, and Q for Â. PPO eq. 6 is this L.
     """
     assert ratio.shape == adv.shape
     return (ratio * adv).mean()
@@ -472,7 +474,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # This copies. A view of theta can be aligned in another way, and then rounds differently.
+        # A copy and not a view of theta, whose alignment in memory would change the rounding
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
@@ -501,7 +503,7 @@ def fisher_operator(policy: Policy, inputs: Tensor, damping: float) -> Callable[
     """Return the function v -> (F + damping I) v, for inputs (B, O) and v (P,).
 
     F = Ê[JᵀMJ] is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old (TRPO eqs. 56-57). J is the
-    Jacobian of μ and log σ in the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
+    Jacobian of μ and log σ by the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
     and diag(2). The full Hessian has a second term (eq. 57): the gradient of the KL in μ and log σ,
     times second derivatives of μ and log σ. This gradient is 0 at θ_old. If σ is annealed, the rows
     of J for log σ are 0.
@@ -557,7 +559,7 @@ def conjugate_gradient(
 def max_kl_step(direction: Tensor, fisher_direction: Tensor, max_kl: float) -> Tensor:
     """TRPO appendix C: Δ = √(2δ / xᵀFx) x, the step along x with ½ ΔᵀFΔ = δ.
 
-    x and F x are (P,), F with its damping. Returns (P,), zero for x = 0.
+    x and F x are (P,). F includes the damping. Returns (P,), zero for x = 0.
     """
     curvature = direction @ fisher_direction
     tiny = torch.finfo(direction.dtype).tiny
@@ -701,7 +703,7 @@ class Envs:
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
     its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns something else than Gymnasium asks for.
+    raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -785,8 +787,8 @@ class PoolEnvs:
     """N environments of EnvPool, stepped in threads, with the interface of Envs that training uses.
 
     Its random states can't be saved. `rng_states` counts the steps so far, which give a resumed
-    run other seeds. The spaces are those of the Gymnasium task of the same name. An episode that
-    terminates at its time limit counts as truncated alone.
+    run other seeds. The spaces are those of the Gymnasium task of the same name. EnvPool reports an
+    episode that terminates at its time limit as truncated, not as terminated.
     """
 
     def __init__(self, task: str, seeds: np.ndarray, steps: int, threads: int):
@@ -1023,7 +1025,7 @@ def make_envs(
     env_threads: int = 0,
     **kwargs,
 ) -> Envs | PoolEnvs:
-    """Make the environments `part` of N. `kwargs` are those of gym.make. Raises InputError.
+    """Make those of N environments that `part` selects. `kwargs` go to gym.make. Raises InputError.
 
     Without `env_threads` (evaluation, film) envpool:Hopper-v5 is Gymnasium's Hopper-v5.
     """
@@ -1181,9 +1183,9 @@ def trpo(
     does not fit, NonFiniteError for NaN or infinity.
 
     metrics["kl_iteration"] is the mean KL(π before ‖ π after) over the states of the iteration. It
-    contains all that changes π: the step and the new statistics of observations. With --step trpo
-    it is at most 1.1 δ, except in the first iteration, where the first statistics come before the
-    step.
+    contains all that changes π: the step, the new statistics of observations and the line of σ.
+    With --step trpo the first two are held at 1.1 δ, except in the first iteration, where the first
+    statistics come before the step.
     """
     state = {} if state is None else state
     torch.manual_seed(stream_seed(args.seed, "weights"))
