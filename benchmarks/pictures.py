@@ -64,7 +64,7 @@ def draw_interval(axis, y: int, value: float, low: float, high: float, colour: s
 def plot_curves(suite: str) -> None:
     """Learning curves: mean over seeds, and its 95 % bootstrap interval as a band.
 
-    A dotted line is the best published score. The curves of `mujoco` have the peers' beside them.
+    A dotted line is the published score. The curves of `mujoco` have the peers' beside them.
     """
     suites = ("mujoco", "mujoco-peers") if suite == "mujoco" else (suite,)
     run = {(name, row["label"], row["task"]) for name in suites for row in read_index(name)}
@@ -113,7 +113,7 @@ def plot_label(axis, suite: str, label: str, task: str, look: dict[str, str]) ->
     published = references().get((task, algorithm(label)))
     if label not in PEER_NAMES and published is not None:
         line = {"color": look["color"], "linestyle": ":", "linewidth": 0.9}
-        axis.axhline(published, label=f"best published {algorithm(label)}", **line)
+        axis.axhline(published, label=f"published {algorithm(label)}", **line)
 
 
 def plot_aggregate(suite: str) -> None:
@@ -128,7 +128,7 @@ def plot_aggregate(suite: str) -> None:
     left.set_yticks(range(len(data)), list(data), fontsize=8)
     left.set_ylim(len(data) - 0.5, -0.5)
     left.set_xlim(left=0)
-    scale = "random policy 0, best published 1"
+    scale = "random policy 0, published score 1"
     left.set_xlabel(f"interquartile mean of normalized scores\n({scale})", fontsize=8)
     levels = np.linspace(0, 1.6, 81)
     np.random.seed(0)

@@ -272,7 +272,7 @@ def cell(values: list[float] | None) -> str:
 
 
 def versus_table(ours: str) -> str:
-    """A row for each task of `mujoco`: a script, its peer, and the best published score."""
+    """A row for each task of `mujoco`: a script, its peer, and the published score."""
     peer = PEER_OF[ours]
     published = references()
     head = ["task"]
