@@ -52,15 +52,16 @@ Departures from the ACER paper that no flag reverts (PAPER below lists the other
     1e-6 is added to probabilities before a division or a logarithm, as in OpenAI baselines.
     When a time limit ends an episode, its last target keeps γ V(final observation) (Pardo eq. 6).
     The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
-    ALE presses FIRE when it resets a game. After a lost life FIRE replaces the policy's action, and
-    the policy's action is stored.
-Ablations: --replay-ratio 0 (on-policy only), --no-trust-region, --trunc-c inf (neither truncation
-nor correction).
+    In games with FIRE, ALE presses it at a reset. After a lost life it replaces the policy's
+    action, and the policy's action is stored.
+Ablations: --replay-ratio 0 (on-policy only), --no-trust-region, --no-bias-correction, --trunc-c inf
+(neither truncation nor correction in eq. 9).
 
-A resumed run restarts unfinished episodes, and its replay memory is empty unless --save-replay
-stored it. If no episode is unfinished at the checkpoint, and the memory is stored or not used, the
-resumed run equals the uninterrupted run bit for bit (on the CPU). The random states of ALE can't be
-saved, so a resumed run plays its games with new seeds.
+A resumed run restarts unfinished episodes. Its replay memory is empty unless --save-replay stored
+it, and replay begins again after --replay-start steps of each environment. If no episode is
+unfinished at the checkpoint, and the memory is stored or not used, the resumed run equals the
+uninterrupted run bit for bit (on the CPU). The random states of ALE can't be saved, so a resumed
+run plays its games with new seeds.
 """
 
 import copy
@@ -95,19 +96,23 @@ from tqdm import tqdm
 
 @dataclass
 class RunArgs:
-    # Gymnasium id of an ALE game, of images or of vectors, or module:Env-v0 for one of your own
+    # Gymnasium id such as ALE/Pong-v5 or CartPole-v1, with images or vectors as observations, or
+    # module:Env-v0 for an environment of your own
     env_id: str = "CartPole-v1"
     seed: int = 1  # seed of weights, actions, replay and environments
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. A step of ALE
-    # is 4 frames. With --resume, a larger value stretches the schedules. None: 10,000,000 for
-    # images, 150,000 for vectors
+    # is 4 frames. With --resume, a larger value continues the run. None: 10,000,000 for images,
+    # 150,000 for vectors
     total_timesteps: int | float | None = None
-    paper: bool = False  # use the settings of the ACER paper, where no other flag is given
-    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    # use the settings of the ACER paper, for ALE. Flags you give override them. Replay begins after
+    # 160,000 steps
+    paper: bool = False
+    # a new folder for this run. None: runs/<environment>__<script>__s<seed>__<date>
     run_dir: str | None = None
-    # continue from this checkpoint.pt with its flags. Flags you give override them
+    # continue from this checkpoint.pt with its flags. Flags you give override them, except those
+    # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
     # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
     # evaluation. An episode of ALE is a whole game
     eval_episodes: int = 10
@@ -125,10 +130,10 @@ class RunArgs:
 class EnvironmentArgs:
     # N, number of environments. ALE steps them in parallel. None: 16 for images, 8 for vectors
     num_envs: int | None = None
-    # ALE: a lost life ends the return that is learned from, but not the game (DQN Methods)
+    # ALE: learn as if a lost life ended the episode (DQN Methods). The game and its score go on
     life_loss_terminal: bool = True
-    # ALE: probability that the last action is repeated, whatever the id says. Machado recommends
-    # 0.25
+    # ALE: probability that the last action is repeated, whatever the id says. Machado et al. 2018
+    # recommend 0.25
     repeat_action_probability: float = 0.0
     # images: learn from the sign of the reward (DQN Methods). Scores are of raw rewards
     clip_rewards: bool = True
@@ -146,20 +151,21 @@ class AlgorithmArgs:
     # replay begins when each environment has stored this many steps. None: 10,000 for images, 250
     # for vectors
     replay_start: int | None = None
-    trunc_c: float = 10.0  # c of ACER eq. 9, where importance weights are truncated
+    # c of ACER eq. 9, where the ratios π/μ of the policy gradient are truncated. Q^ret has 1
+    trunc_c: float = 10.0
     # the second term of ACER eq. 9, for what the truncation leaves out
     bias_correction: bool = True
     trust_region: bool = True  # ACER eq. 11, around the average policy
     trust_region_delta: float = 1.0  # δ of ACER eq. 11
     avg_decay: float = 0.99  # α of the average policy, θ_a ← α θ_a + (1-α) θ after each update
-    q_coef: float = 0.5  # weight of the critic's halved squared error
+    q_coef: float = 0.5  # weight of the critic's loss ½ (Q^ret - Q)². 1 in ACER eq. 6
     ent_coef: float = 0.01  # weight of the entropy bonus
     # η, step size of RMSProp. None: 7e-4 for images, 5e-3 for vectors
     learning_rate: float | None = None
     anneal_lr: bool = False  # anneal the learning rate linearly to zero
     max_grad_norm: float = 10.0  # largest norm of the gradient. inf: no clipping
-    # hidden layers, for images those after the convolutions. None: 512 for images, 64 64 for
-    # vectors
+    # sizes of the hidden layers, for images after the convolutions, such as 64 64. None: 512 for
+    # images, 64 64 for vectors
     hidden_sizes: tuple[int, ...] | None = None
     # orthogonal weights with gain √2 (policy output 0.01, Q output 1), or PyTorch's default
     orthogonal_init: bool = True
@@ -227,7 +233,10 @@ class NonFiniteError(FloatingPointError):
 
 
 def fill_defaults(args: Args, images: bool) -> Args:
-    """Return a copy in which no field of DEFAULTS is None. `images` is the kind of observation."""
+    """Return a copy with the values of DEFAULTS, for images or for vectors, in place of None.
+
+    Sets `images`, and turns clip_rewards off for vectors.
+    """
     args = replace(args, images=images, clip_rewards=args.clip_rewards and images)
     for name, (for_images, for_vectors) in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -269,7 +278,7 @@ def correction_gradient(probs: Tensor, q: Tensor, mu: Tensor, trunc_c: float) ->
 
 
 def entropy_gradient(probs: Tensor) -> Tensor:
-    """ACER section 4: the gradient of the entropy with respect to π, -log π_a - 1.
+    """The gradient of the entropy with respect to π, -log π_a - 1. ACER section 4 has its weight.
 
     S[π] = -Σ_a π_a log π_a. Takes and returns (…, A).
     """
@@ -321,14 +330,15 @@ def retrace(
     done: Tensor,
     gamma: float,
 ) -> Tensor:
-    """ACER eq. 5, Retrace eq. 3 with λ = 1: the target Q^ret of Q(s_t, a_t).
+    """ACER eq. 5, Retrace eq. 3 with c_s = min(1, ρ_s): the target Q^ret of Q(s_t, a_t).
 
     Q^ret_t = r_t + γ ρ̄_{t+1} (Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})) + γ V(s_{t+1}),  ρ̄ = min(1, ρ)
 
-    `rho` are the ratios π/μ of the actions taken. They are truncated at 1, as in Algorithm 2. Eq. 5
-    prints min(c, ρ), with the letter c of eq. 9. `next_values[t]` is V of the state that action t
-    led to. A termination removes this V. A time limit keeps it, as V(final observation) (Pardo
-    eq. 6). Both (`done`) end the sum. Takes and returns (T, N).
+    `rho` are the ratios π/μ of the actions taken. They are truncated at 1, as in Algorithm 2. Below
+    eq. 5 the paper prints min(c, ρ), with the letter c of eq. 9. `next_values[t]` is V of the state
+    that action t led to. A termination removes this V. A time limit keeps it, as V(final
+    observation) (Pardo eq. 6). Both (`done`), and the end of the segment, remove the term with ρ̄.
+    Takes and returns (T, N).
     """
     assert rewards.shape == q_taken.shape == next_values.shape == rho.shape
     assert rewards.shape == terminated.shape == done.shape
@@ -389,7 +399,7 @@ def nature_cnn(
 
 
 class ActorCritic(nn.Module):
-    """π_θ(a|s) = softmax z_θ(s) and Q_θ(s, a) of raw observations.
+    """π_θ(a|s), the softmax of its head, and Q_θ(s, a), both of raw observations.
 
     For images they are two heads of one network, for vectors they have a network each.
     """
@@ -423,7 +433,7 @@ class ActorCritic(nn.Module):
         return obs.to(weight.device).to(weight.dtype)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Return what the head of the policy reads, (…, H)."""
+        """Return what the head of the policy reads, (…, hidden_sizes[-1])."""
         if not self.images:
             return self.trunk(inputs)
         x = inputs.reshape(-1, *self.obs_shape) / 255  # (B, C, H, W)
@@ -445,8 +455,8 @@ class ActorCritic(nn.Module):
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
         """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        With E_a ~ Exp(1) it is a draw from π(·|s): the smallest of the E_a / π_a, which are
-        independent, is that of a with probability π_a. With E_a = 1 it is the most probable action.
+        With independent E_a ~ Exp(1) it is a draw from π(·|s): E_a / π_a of action a is the smallest
+        with probability π_a. With E_a = 1 it is the most probable action.
         """
         probs = self.probs(obs).cpu()
         return (probs / noise).argmax(-1)
@@ -474,10 +484,11 @@ def acer_loss(
     final_values: Tensor,
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a loss with the gradients of ACER Algorithm 2, as means over (T, N), and metrics.
+    """Return the loss whose descent is ACER Algorithm 2, a mean over (T, N), and metrics.
 
-    For the critic Algorithm 2 prints the gradient of (Q^ret - Q)². Here it is eq. 6, half of that.
-    `final_values` (T, N) is V(final observation) of the truncated steps.
+    For the critic Algorithm 2 prints the gradient of (Q^ret - Q)². Eq. 6 is -½ times that, the
+    descent of ½ (Q^ret - Q)², which is weighted by q_coef here. `final_values` (T, N) is V(final
+    observation) of the truncated steps.
     """
     probs, q = policy(batch.obs)  # (T+1, N, A) each
     values = (probs * q).sum(-1).detach()  # V, (T+1, N)
@@ -509,7 +520,7 @@ def acer_loss(
         "explained_variance": 1 - (q_ret - q_taken).var() / q_ret.var(),
         "mean_ratio": rho.mean(),
         "truncated_ratios": (rho > args.trunc_c).float().mean(),
-        "cut_traces": (rho < 1 - 1e-4).float().mean(),  # ρ̄ < 1 shortens Q^ret. 1e-4: rounding
+        "cut_traces": (rho < 1 - 1e-4).float().mean(),  # ρ̄ < 1 shortens Q^ret. 1e-4: EPS in ρ
     }
     if args.trust_region:
         log_ratio = (avg_probs + EPS).log() - (probs + EPS).log()
@@ -533,7 +544,7 @@ class RMSProp(nn.Module):
     """RMSProp of TensorFlow 1 for P weights: v starts at 1, and ε is inside the root.
 
     OpenAI baselines uses it. In torch.optim.RMSprop v starts at 0 and ε is outside. For g = 0.01
-    its first step is a thousand times as long.
+    the first step of torch.optim.RMSprop is a thousand times as long as here.
     """
 
     def __init__(self, num_weights: int, decay: float = 0.99, eps: float = 1e-5):
@@ -589,8 +600,8 @@ def update(
     """ACER Algorithm 1: a call on the newest segments, then n ~ Poisson(r) on segments from replay.
 
     `train_step` is minibatch_step, compiled or not. Returns the metrics of the on-policy call and,
-    with the prefix replay_, the means over those from replay, NaN if there were none. All are means
-    over the processes of torchrun. Each process has an explained_variance of its own environments.
+    with the prefix replay_, the means over the n from replay, NaN if n = 0. Both are then averaged
+    over the processes of torchrun. replay_updates is n.
     """
     calls = []
     num_replays = 0
@@ -628,8 +639,8 @@ class Envs:
     """N Gymnasium environments, stepped one after another.
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
-    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns what Gymnasium does not allow.
+    its last reset. A resumed run starts from these states, so it repeats these resets. Resets and
+    steps raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -717,11 +728,11 @@ def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Discrete) -> dict:
 class AtariEnvs:
     """N games in ALE's vector environment, with the attributes and methods of Envs.
 
-    An observation is the last four frames in gray, 84 x 84 pixels. An action is repeated for four
-    frames, and a pixel is the maximum over the last two (DQN Methods). A game begins with up to 30
-    no-ops. With `life_loss`, `terminated` is also True for a lost life, after which the game goes
-    on. `rng_states` counts the steps so far, which give a resumed run other seeds: ALE's random
-    states can't be saved.
+    An observation has a gray picture of 84 x 84 pixels from each of the last four steps. A step
+    repeats its action for four frames of the game, and a pixel is the maximum over the last two
+    (DQN Methods). A game begins with up to 30 no-ops. With `life_loss`, `terminated` is also True
+    for a lost life, after which the game goes on. `rng_states` counts the steps so far, which give
+    a resumed run other seeds: ALE's random states can't be saved.
     """
 
     def __init__(
@@ -769,7 +780,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # The frame number falls only when a new game starts (at 0 to 30, after the no-ops)
+        # `terminated` may be a lost life. The frame number falls only when a new game starts
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -878,7 +889,7 @@ def stack_frames(frames: Tensor, resets: Tensor) -> Tensor:
 
 
 class Replay:
-    """The last segments of each environment (ACER section 3).
+    """The last segments of each environment (ACER section 4: a replay memory for each thread).
 
     If `stacked`, observations are stacks of frames, and each frame is stored once.
     """
@@ -887,7 +898,9 @@ class Replay:
         self.slots = slots
         self.stacked = stacked
         self.count = 0  # segments of each environment so far
-        self.memory = {}  # name of a field of Segment: its values in all slots (slots, T, N, …)
+        # field of Segment: its values in all slots (slots, T, N, …). obs has T+1 observations in
+        # place of T, or S+T frames
+        self.memory = {}
         self.finals = {}  # slot: finals of its segment
 
     def add(self, segment: Segment) -> None:
@@ -972,7 +985,7 @@ def mean_of_processes(grads: Sequence[Tensor]) -> Tensor:
 
 
 def env_options(args: Args) -> dict[str, bool | float]:
-    """Return the arguments of make_envs that are for training, not for evaluation."""
+    """Return the arguments of make_envs for training. Evaluation has no life_loss."""
     return {
         "life_loss": args.life_loss_terminal,
         "repeat_action_probability": args.repeat_action_probability,
@@ -1161,11 +1174,11 @@ def acer(
     """ACER Algorithm 1. Yields the metrics of each iteration.
 
     If the dict `state` holds a checkpoint, the run continues from it. At each yield, `state` is a
-    complete checkpoint with the keys policy, rmsprop, exploration, minibatches, step, episodes,
-    env_rng_states and spaces, average with a trust region, and replay with `args.save_replay`.
-    `compile_step` gets minibatch_step and returns what to use in its place. Seeds PyTorch's global
-    generator. Raises InputError for an environment that does not fit, NonFiniteError for NaN or
-    infinity.
+    checkpoint with the keys policy, rmsprop, exploration, minibatches, step, episodes,
+    env_rng_states and spaces. With `args.trust_region` it also has average, with `args.save_replay`
+    replay. `compile_step` gets minibatch_step and returns what to use in its place. Seeds PyTorch's
+    global generator. Raises InputError for an environment that does not fit, NonFiniteError for NaN
+    or infinity.
     """
     args = fill_defaults(args, observes_images(args.env_id))
     state = {} if state is None else state
@@ -1294,14 +1307,14 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     """Train from the start or from args.resume, then evaluate.
 
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
-    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
-    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
-    checkpoint stays.
+    eval_return (mean of the deterministic evaluation, None without it), checkpoint and run_dir.
+    Sets PyTorch's seed and number of threads. Raises InputError for bad input, NonFiniteError for
+    NaN or infinity, SaveError if the last checkpoint can't be written. A KeyboardInterrupt goes to
+    the caller. The last checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
-    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun the process group is ended
-    after training.
+    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun only the first process
+    returns results, and the process group is ended after training.
     """
     rank, _ = rank_and_size()
     if rank > 0:
@@ -1627,7 +1640,7 @@ class Log:
             say("nothing is left to train: a larger --total-timesteps continues")
 
     def open_files(self, args: Args, step: int) -> None:
-        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        """Write the configuration. Open progress.csv to append, without its rows after `step`."""
         config = {"args": asdict(args), "device": str(args.torch_device)}
         config["python"] = sys.version.split()[0]
         config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
@@ -1723,7 +1736,7 @@ class Log:
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
-    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    """Return `function` compiled to one graph, or as it is with --compile off or no compiler."""
     torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
@@ -1964,7 +1977,7 @@ def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
 
 
 def drop_unread_output() -> None:
-    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    """Send output that a closed pipe did not take to os.devnull. Else Python prints an error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -2011,7 +2024,7 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            if sys.stderr is not None:  # else 2 may be another file
+            if sys.stderr is not None:  # else descriptor 2 may be another file
                 os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:

@@ -45,14 +45,16 @@ Equation map
     Kingma Algorithm 1             Adam                      m, v, θ
 
 Departures from the PPO paper (section 6.4) that no flag reverts (PAPER below lists the others)
-    The network for images is that of DQN. The paper has the smaller one of Mnih et al. 2016.
+    The network for images is that of DQN. The paper has the smaller one of A3C
+    (Mnih et al. 2016, arXiv:1602.01783).
     When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
     The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
-    ALE presses FIRE when it resets a game. After a lost life FIRE replaces the policy's action, and
-    the policy's action is stored.
-    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
-    those of this rollout, so its π_old is not the policy that took the actions.
+    In games with FIRE, ALE presses it at a reset. After a lost life it replaces the policy's
+    action, and the policy's action is stored.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
+
+With norm_obs, the first rollout is sampled before there are statistics. They are then computed from
+it and used in its update, so this π_old is not the policy that took the actions.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
 run equals the uninterrupted run bit for bit (on the CPU). The random states of ALE can't be saved,
@@ -90,19 +92,22 @@ from tqdm import tqdm
 
 @dataclass
 class RunArgs:
-    # Gymnasium id of an ALE game, of images or of vectors, or module:Env-v0 for one of your own
+    # Gymnasium id such as ALE/Pong-v5 or CartPole-v1, with images or vectors as observations, or
+    # module:Env-v0 for an environment of your own
     env_id: str = "ALE/Breakout-v5"
     seed: int = 1  # seed of weights, actions, minibatches and environments
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. A step of ALE
     # is 4 frames. With --resume, a larger value stretches the schedules. None: 10,000,000 for
     # images, 500,000 for vectors
     total_timesteps: int | float | None = None
-    paper: bool = False  # use the settings of the PPO paper, where no other flag is given
-    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    # use the settings of the PPO paper, for images. Flags you give override them
+    paper: bool = False
+    # a new folder for this run. None: runs/<environment>__<script>__s<seed>__<date>
     run_dir: str | None = None
-    # continue from this checkpoint.pt with its flags. Flags you give override them
+    # continue from this checkpoint.pt with its flags. Flags you give override them, except those
+    # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
     # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
     # evaluation. An episode of ALE is a whole game
     eval_episodes: int = 10
@@ -119,10 +124,10 @@ class RunArgs:
 @dataclass
 class EnvironmentArgs:
     num_envs: int = 8  # N, number of environments. ALE steps them in parallel
-    # ALE: a lost life ends the return that is learned from, but not the game (DQN Methods)
+    # ALE: learn as if a lost life ended the episode (DQN Methods). The game and its score go on
     life_loss_terminal: bool = True
-    # ALE: probability that the last action is repeated, whatever the id says. Machado recommends
-    # 0.25
+    # ALE: probability that the last action is repeated, whatever the id says. Machado et al. 2018
+    # recommend 0.25
     repeat_action_probability: float = 0.0
     # normalize observations, each component or pixel by its running mean and std. Without it,
     # pixels are divided by 255
@@ -141,7 +146,7 @@ class AlgorithmArgs:
     # K, passes over the batch of N x T samples. None: 4 for images, 10 for vectors
     update_epochs: int | None = None
     num_minibatches: int = 4  # minibatches per epoch, each of M = N x T / num_minibatches samples
-    # α, step size of Adam. None: 2.5e-4 for images, 1e-3 for vectors
+    # step size of Adam (the α of PPO Table 5 anneals it). None: 2.5e-4 for images, 1e-3 for vectors
     learning_rate: float | None = None
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     gamma: float = 0.99  # γ, the discount factor
@@ -152,12 +157,12 @@ class AlgorithmArgs:
     clip_coef: float | None = None
     anneal_clip: bool = False  # anneal ε linearly to zero
     clip_vloss: bool = False  # clip V to ±ε around its old value. Not in the paper
-    # c1 of PPO eq. 9, weight of the squared error. OpenAI baselines' 0.5 is of half of it
+    # c1 of PPO eq. 9, weight of the squared error. OpenAI baselines has 0.5 of half of it
     vf_coef: float = 0.25
     ent_coef: float = 0.01  # c2 of PPO eq. 9, weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest norm of the gradient. inf: no clipping
-    # hidden layers, for images those after the convolutions. None: 512 for images, 64 64 for
-    # vectors
+    # sizes of the hidden layers, for images after the convolutions, such as 64 64. None: 512 for
+    # images, 64 64 for vectors
     hidden_sizes: tuple[int, ...] | None = None
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True
@@ -200,7 +205,7 @@ DEFAULTS = {  # of fields that are None: for images, for vectors
 
 PAPER = {  # --paper: PPO section 6.4 and Table 5
     # clip_rewards stays on, as in OpenAI baselines. The paper does not mention it
-    "life_loss_terminal": False,  # the paper does not mention it
+    "life_loss_terminal": False,  # the paper does not mention it. OpenAI baselines has it
     "norm_obs": False,  # pixels are divided by 255
     "update_epochs": 3,  # 4 in OpenAI baselines
     "norm_adv": False,  # the paper does not mention it
@@ -230,7 +235,10 @@ class NonFiniteError(FloatingPointError):
 
 
 def fill_defaults(args: Args, images: bool) -> Args:
-    """Return a copy in which no field of DEFAULTS is None. `images` is the kind of observation."""
+    """Return a copy with the values of DEFAULTS, for images or for vectors, in place of None.
+
+    Sets `images`, and turns norm_reward off for images and clip_rewards for vectors.
+    """
     norm_reward = args.norm_reward and not images
     clip_rewards = args.clip_rewards and images
     args = replace(args, images=images, norm_reward=norm_reward, clip_rewards=clip_rewards)
@@ -354,7 +362,7 @@ class ActorCritic(nn.Module):
         orthogonal = args.orthogonal_init
         if self.images:
             self.trunk = nature_cnn(obs_shape, hidden_sizes, orthogonal)
-            # obs_stats in float32. Before the first statistics pixels are divided by 255
+            # obs_stats in float32, std at least 1. Without statistics pixels are divided by 255
             self.register_buffer("pixel_mean", torch.zeros(obs_shape))
             self.register_buffer("pixel_std", torch.full(obs_shape, 255.0))
         else:
@@ -414,8 +422,8 @@ class ActorCritic(nn.Module):
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
         """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        With E_a ~ Exp(1) it is a draw from π(·|s): the smallest of the E_a / π_a, which are
-        independent, is that of a with probability π_a. With E_a = 1 it is the most probable action.
+        With independent E_a ~ Exp(1) it is a draw from π(·|s): E_a / π_a of action a is the smallest
+        with probability π_a. With E_a = 1 it is the most probable action.
         """
         logits, _ = self(obs)
         probs = logits.softmax(-1).cpu()
@@ -568,7 +576,10 @@ def gae(
 def advantages(
     policy: ActorCritic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Â, V^targ = Â + V (GAE footnote 2), V and the logits of π_old, each (T, N, …)."""
+    """Return Â, V^targ, V and the logits of π_old, each (T, N, …).
+
+    V^targ = Â + V (GAE footnote 2), before norm_adv standardizes Â.
+    """
     logits, values = policy.logits_and_values(rollout.obs)
     # s_{t+1} is the next row, except at the end of the rollout and of an episode
     _, last_values = policy.logits_and_values(rollout.next_obs[-1:])
@@ -639,8 +650,8 @@ class Envs:
     """N Gymnasium environments, stepped one after another.
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
-    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns what Gymnasium does not allow.
+    its last reset. A resumed run starts from these states, so it repeats these resets. Resets and
+    steps raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -728,11 +739,11 @@ def describe_spaces(obs: gym.spaces.Box, actions: gym.spaces.Discrete) -> dict:
 class AtariEnvs:
     """N games in ALE's vector environment, with the attributes and methods of Envs.
 
-    An observation is the last four frames in gray, 84 x 84 pixels. An action is repeated for four
-    frames, and a pixel is the maximum over the last two (DQN Methods). A game begins with up to 30
-    no-ops. With `life_loss`, `terminated` is also True for a lost life, after which the game goes
-    on. `rng_states` counts the steps so far, which give a resumed run other seeds: ALE's random
-    states can't be saved.
+    An observation has a gray picture of 84 x 84 pixels from each of the last four steps. A step
+    repeats its action for four frames of the game, and a pixel is the maximum over the last two
+    (DQN Methods). A game begins with up to 30 no-ops. With `life_loss`, `terminated` is also True
+    for a lost life, after which the game goes on. `rng_states` counts the steps so far, which give
+    a resumed run other seeds: ALE's random states can't be saved.
     """
 
     def __init__(
@@ -780,7 +791,7 @@ class AtariEnvs:
         if self.twin is not None:
             self.picture, *_ = self.twin.step(actions[:1])
         frames = info["episode_frame_number"]
-        # The frame number falls only when a new game starts (at 0 to 30, after the no-ops)
+        # `terminated` may be a lost life. The frame number falls only when a new game starts
         over = truncated | (frames < self.frames)
         self.frames = frames
         self.lost_life = info["lives"] < self.lives
@@ -802,7 +813,7 @@ class AtariEnvs:
 
 
 class Rollout(NamedTuple):
-    """T x N transitions: raw from collect, normalized and scaled from prepare."""
+    """T x N transitions: raw from collect. From prepare: scaled rewards, normalized vectors."""
 
     obs: Tensor  # (T, N, O)
     next_obs: Tensor  # (T, N, O)  true successors, final observations included
@@ -966,7 +977,7 @@ def mean_of_processes(grads: Sequence[Tensor]) -> Tensor:
 
 
 def env_options(args: Args) -> dict[str, bool | float]:
-    """Return the arguments of make_envs that are for training, not for evaluation."""
+    """Return the arguments of make_envs for training. Evaluation has no life_loss."""
     return {
         "life_loss": args.life_loss_terminal,
         "repeat_action_probability": args.repeat_action_probability,
@@ -1190,7 +1201,7 @@ def ppo(
         episodes = Episodes(args.num_envs, state.get("episodes", ()))
         running_sum = torch.zeros(len(envs.obs), dtype=torch.float64)
         train_step = compile_step(minibatch_step)
-        # Images are stacks of the last 4 frames. Every fourth image shows each frame once.
+        # An image of ALE holds the last 4 steps. Every fourth image shows each step once.
         stride = FRAME_STACK if args.images else 1
 
         while step + args.batch_size <= args.total_timesteps:
@@ -1290,14 +1301,14 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     """Train from the start or from args.resume, then evaluate.
 
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
-    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
-    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
-    checkpoint stays.
+    eval_return (mean of the deterministic evaluation, None without it), checkpoint and run_dir.
+    Sets PyTorch's seed and number of threads. Raises InputError for bad input, NonFiniteError for
+    NaN or infinity, SaveError if the last checkpoint can't be written. A KeyboardInterrupt goes to
+    the caller. The last checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
-    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun the process group is ended
-    after training.
+    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun only the first process
+    returns results, and the process group is ended after training.
     """
     rank, _ = rank_and_size()
     if rank > 0:
@@ -1623,7 +1634,7 @@ class Log:
             say("nothing is left to train: a larger --total-timesteps continues")
 
     def open_files(self, args: Args, step: int) -> None:
-        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        """Write the configuration. Open progress.csv to append, without its rows after `step`."""
         config = {"args": asdict(args), "device": str(args.torch_device)}
         config["python"] = sys.version.split()[0]
         config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
@@ -1719,7 +1730,7 @@ class Log:
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
-    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    """Return `function` compiled to one graph, or as it is with --compile off or no compiler."""
     torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
@@ -1948,7 +1959,7 @@ def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
 
 
 def drop_unread_output() -> None:
-    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    """Send output that a closed pipe did not take to os.devnull. Else Python prints an error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -1995,7 +2006,7 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            if sys.stderr is not None:  # else 2 may be another file
+            if sys.stderr is not None:  # else descriptor 2 may be another file
                 os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:

@@ -51,9 +51,10 @@ Departures from the PPO paper that no flag reverts (PAPER below lists the others
     c1 of PPO eq. 9 is left out (c1 = 1). As in section 6.1 of the paper the networks share no
     weights. Adam and gradient clipping by network then nearly cancel c1.
     The adaptive β stays in [1e-8, 1e8].
-    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
-    those of this rollout, so its π_old is not the policy that took the actions.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
+
+With norm_obs, the first rollout is sampled before there are statistics. They are then computed from
+it and used in its update, so this π_old is not the policy that took the actions.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
 run equals the uninterrupted run bit for bit. This does not hold for EnvPool, whose random states
@@ -97,12 +98,13 @@ class RunArgs:
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
     # a larger value stretches the schedules
     total_timesteps: int | float = 1_000_000
-    paper: bool = False  # use the settings of the PPO paper, where no other flag is given
-    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    paper: bool = False  # use the settings of the PPO paper. Flags you give override them
+    # a new folder for this run. None: runs/<environment>__<script>__s<seed>__<date>
     run_dir: str | None = None
-    # continue from this checkpoint.pt with its flags. Flags you give override them
+    # continue from this checkpoint.pt with its flags. Flags you give override them, except those
+    # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
     # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
     eval_episodes: int = 10
     video_dir: str | None = None  # folder for a GIF of one episode with mean actions
@@ -540,7 +542,10 @@ def gae(
 def advantages(
     critic: Critic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the current critic, each (T, N)."""
+    """Return Â, V^targ and V of the current critic, each (T, N).
+
+    V^targ = Â + V (GAE footnote 2), before norm_adv standardizes Â.
+    """
     values = critic(rollout.obs)
     # s_{t+1} is the next row, except at the end of the rollout and of an episode
     next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
@@ -620,8 +625,8 @@ class Envs:
     """N Gymnasium environments, stepped one after another.
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
-    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns what Gymnasium does not allow.
+    its last reset. A resumed run starts from these states, so it repeats these resets. Resets and
+    steps raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -1232,14 +1237,14 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     """Train from the start or from args.resume, then evaluate.
 
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
-    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
-    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
-    checkpoint stays.
+    eval_return (mean of the deterministic evaluation, None without it), checkpoint and run_dir.
+    Sets PyTorch's seed and number of threads. Raises InputError for bad input, NonFiniteError for
+    NaN or infinity, SaveError if the last checkpoint can't be written. A KeyboardInterrupt goes to
+    the caller. The last checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
-    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun the process group is ended
-    after training.
+    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun only the first process
+    returns results, and the process group is ended after training.
     """
     rank, _ = rank_and_size()
     if rank > 0:
@@ -1573,7 +1578,7 @@ class Log:
             say("nothing is left to train: a larger --total-timesteps continues")
 
     def open_files(self, args: Args, step: int) -> None:
-        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        """Write the configuration. Open progress.csv to append, without its rows after `step`."""
         config = {"args": asdict(args), "device": str(args.torch_device)}
         config["python"] = sys.version.split()[0]
         config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
@@ -1669,7 +1674,7 @@ class Log:
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
-    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    """Return `function` compiled to one graph, or as it is with --compile off or no compiler."""
     torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
@@ -1897,7 +1902,7 @@ def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
 
 
 def drop_unread_output() -> None:
-    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    """Send output that a closed pipe did not take to os.devnull. Else Python prints an error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -1944,7 +1949,7 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            if sys.stderr is not None:  # else 2 may be another file
+            if sys.stderr is not None:  # else descriptor 2 may be another file
                 os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:

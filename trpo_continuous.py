@@ -61,10 +61,11 @@ Departures from the TRPO paper that no flag reverts (PAPER below lists the other
     When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
     Actions are scaled from [-1, 1] to the bounds of the environment and clipped there. Where a
     bound is infinite, they are not scaled. log π(a|s) is that of the action before clipping.
-    With norm_obs, the first rollout is sampled before there are statistics. The first update uses
-    those of this rollout, so its π_old is not the policy that took the actions. Later statistics
-    are left out if they and a step of TRPO would move the policy by more than 1.1 δ.
     Adam's ε is 1e-5. Kingma's is 1e-8.
+
+With norm_obs, the first rollout is sampled before there are statistics. They are then computed from
+it and used in its update, so this π_old is not the policy that took the actions. With --step trpo,
+later statistics are left out if they and the step would move the policy by more than 1.1 δ.
 
 A resumed run restarts unfinished episodes. If none is unfinished at the checkpoint, the resumed
 run equals the uninterrupted run bit for bit. This does not hold for EnvPool, whose random states
@@ -108,12 +109,13 @@ class RunArgs:
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. With --resume,
     # a larger value stretches the schedules
     total_timesteps: int | float = 1_000_000
-    paper: bool = False  # use the settings of the TRPO paper, where no other flag is given
-    # a new folder for this run (default: runs/<environment>__<script>__s<seed>__<date>)
+    paper: bool = False  # use the settings of the TRPO paper. Flags you give override them
+    # a new folder for this run. None: runs/<environment>__<script>__s<seed>__<date>
     run_dir: str | None = None
-    # continue from this checkpoint.pt with its flags. Flags you give override them
+    # continue from this checkpoint.pt with its flags. Flags you give override them, except those
+    # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training
+    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
     # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
     eval_episodes: int = 10
     video_dir: str | None = None  # folder for a GIF of one episode with mean actions
@@ -621,7 +623,10 @@ def gae(
 def advantages(
     critic: Critic, rollout: "Rollout", gamma: float, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Â, V^targ = Â + V (GAE footnote 2) and V of the current critic, each (T, N)."""
+    """Return Â, V^targ and V of the current critic, each (T, N).
+
+    V^targ = Â + V (GAE footnote 2), before norm_adv standardizes Â.
+    """
     values = critic(rollout.obs)
     # s_{t+1} is the next row, except at the end of the rollout and of an episode
     next_values = torch.cat([values[1:], critic(rollout.next_obs[-1:])])
@@ -702,8 +707,8 @@ class Envs:
     """N Gymnasium environments, stepped one after another.
 
     `obs` (N, O) is what to act on next. `rng_states[i]` is the random state of environment i before
-    its last reset. A resumed run starts from these states, so it repeats these resets. All methods
-    raise InputError if an environment returns what Gymnasium does not allow.
+    its last reset. A resumed run starts from these states, so it repeats these resets. Resets and
+    steps raise InputError if an environment returns what Gymnasium does not allow.
     """
 
     def __init__(self, envs: list[gym.Env], seeds: np.ndarray, rng_states: list | None = None):
@@ -1312,14 +1317,14 @@ def train(args: Args, _signals: Sequence[int] = ()) -> dict:
     """Train from the start or from args.resume, then evaluate.
 
     Returns steps, episodic_return (mean of the last 100 training episodes, NaN if none ended),
-    eval_return (mean of the deterministic evaluation, None if no episode of it ended), checkpoint
-    and run_dir. Sets PyTorch's seed and number of threads. Raises InputError for bad input and
-    NonFiniteError for NaN or infinity. A KeyboardInterrupt goes to the caller. The last
-    checkpoint stays.
+    eval_return (mean of the deterministic evaluation, None without it), checkpoint and run_dir.
+    Sets PyTorch's seed and number of threads. Raises InputError for bad input, NonFiniteError for
+    NaN or infinity, SaveError if the last checkpoint can't be written. A KeyboardInterrupt goes to
+    the caller. The last checkpoint stays.
 
     With `args.resume`, weights and progress come from the checkpoint, everything else from `args`:
-    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun the process group is ended
-    after training.
+    start from `Args(**load_checkpoint(path)["args"])`. Under torchrun only the first process
+    returns results, and the process group is ended after training.
     """
     rank, _ = rank_and_size()
     if rank > 0:
@@ -1653,7 +1658,7 @@ class Log:
             say("nothing is left to train: a larger --total-timesteps continues")
 
     def open_files(self, args: Args, step: int) -> None:
-        """Write the configuration, and open progress.csv behind its rows up to `step`."""
+        """Write the configuration. Open progress.csv to append, without its rows after `step`."""
         config = {"args": asdict(args), "device": str(args.torch_device)}
         config["python"] = sys.version.split()[0]
         config |= {package.__name__: package.__version__ for package in (torch, gym, np)}
@@ -1749,7 +1754,7 @@ class Log:
 
 
 def compile_or_eager(function: Callable, args: Args) -> Callable:
-    """Return `function` compiled to one graph, or as it is without --compile or a compiler."""
+    """Return `function` compiled to one graph, or as it is with --compile off or no compiler."""
     torch.compiler.reset()  # PyTorch limits how many versions of a function a process compiles
     if args.compile == "off" or (args.compile == "auto" and args.total_timesteps < COMPILE_FROM):
         return function
@@ -1974,7 +1979,7 @@ def evaluate_checkpoint(args: Args, signals: Sequence[int]) -> None:
 
 
 def drop_unread_output() -> None:
-    """Send what a closed pipe did not take to nobody, or Python prints an error at exit."""
+    """Send output that a closed pipe did not take to os.devnull. Else Python prints an error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -2021,7 +2026,7 @@ def main() -> int:
         for n in caught:
             signal.signal(n, signal.SIG_DFL)
         with suppress(OSError):
-            if sys.stderr is not None:  # else 2 may be another file
+            if sys.stderr is not None:  # else descriptor 2 may be another file
                 os.write(2, b"\nstopping: a second signal kills\n")
 
     for n in caught:
