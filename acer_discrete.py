@@ -455,7 +455,7 @@ class ActorCritic(nn.Module):
     def sample(self, obs: np.ndarray, noise: Tensor) -> Tensor:
         """Return argmax_a π(a|s) / E_a (…,) for raw observations (…, O), and noise E (…, A).
 
-        With independent E_a ~ Exp(1) it is a draw from π(·|s): E_a / π_a of action a is the smallest
+        With independent E_a ~ Exp(1) it is a draw from π(·|s): E_a / π_a of a is the smallest one
         with probability π_a. With E_a = 1 it is the most probable action.
         """
         probs = self.probs(obs).cpu()
