@@ -21,6 +21,10 @@ PEER_OF = {"ppo_continuous": "sb3_ppo", "trpo_continuous": "sb3_trpo"}
 PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"}
 # Gymnasium's reward_threshold. Pong ends at 21
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}
+SCORES_ELSEWHERE = {  # for the front page
+    "ppo_atari": "[Atari](benchmarks/README.md#atari)",
+    "acer_discrete": "[CartPole, Acrobot](benchmarks/README.md#replay-in-acer)",
+}
 READMES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
@@ -464,7 +468,7 @@ def front_table() -> str:
     rows = []
     for script in SCRIPTS:
         name = algorithm(script)
-        score = ""
+        score = SCORES_ELSEWHERE.get(script, "")
         if script in on_nine:
             score = f"{iqm(on_nine[script].ravel()):.2f} ({len(on_nine[script])})"
         pairs = [beside_peer(script, column) for column in ("last100", "deterministic")]
