@@ -52,7 +52,7 @@ Departures from the ACER paper that no flag reverts (PAPER below lists the other
     1e-6 is added to probabilities before a division or a logarithm, as in OpenAI baselines.
     When a time limit ends an episode, its last target keeps γ V(final observation) (Pardo eq. 6).
     The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
-    In games with FIRE, ALE presses it at a reset. After a lost life it replaces the policy's
+    In games with FIRE, ALE presses it at a reset. After a lost life FIRE replaces the policy's
     action, and the policy's action is stored.
 Ablations: --replay-ratio 0 (on-policy only), --no-trust-region, --no-bias-correction, --trunc-c inf
 (neither truncation nor correction in eq. 9).
@@ -101,8 +101,8 @@ class RunArgs:
     env_id: str = "CartPole-v1"
     seed: int = 1  # seed of weights, actions, replay and environments
     # environment steps, such as 1_000_000 or 1e6, rounded down to whole iterations. A step of ALE
-    # is 4 frames. With --resume, a larger value continues the run. None: 10,000,000 for images,
-    # 150,000 for vectors
+    # is 4 frames. With --resume, a larger value continues the run and stretches anneal_lr. None:
+    # 10,000,000 for images, 150,000 for vectors
     total_timesteps: int | float | None = None
     # use the settings of the ACER paper, for ALE. Flags you give override them. Replay begins after
     # 160,000 steps
@@ -112,7 +112,7 @@ class RunArgs:
     # continue from this checkpoint.pt with its flags. Flags you give override them, except those
     # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training, with its flags
     # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
     # evaluation. An episode of ALE is a whole game
     eval_episodes: int = 10
@@ -151,7 +151,7 @@ class AlgorithmArgs:
     # replay begins when each environment has stored this many steps. None: 10,000 for images, 250
     # for vectors
     replay_start: int | None = None
-    # c of ACER eq. 9, where the ratios π/μ of the policy gradient are truncated. Q^ret has 1
+    # c of ACER eq. 9: the policy gradient truncates ratios π/μ at c. Q^ret truncates them at 1
     trunc_c: float = 10.0
     # the second term of ACER eq. 9, for what the truncation leaves out
     bias_correction: bool = True
@@ -164,8 +164,8 @@ class AlgorithmArgs:
     learning_rate: float | None = None
     anneal_lr: bool = False  # anneal the learning rate linearly to zero
     max_grad_norm: float = 10.0  # largest norm of the gradient. inf: no clipping
-    # sizes of the hidden layers, for images after the convolutions, such as 64 64. None: 512 for
-    # images, 64 64 for vectors
+    # sizes of the hidden layers, such as 64 64. For images, of those after the convolutions. None:
+    # 512 for images, 64 64 for vectors
     hidden_sizes: tuple[int, ...] | None = None
     # orthogonal weights with gain √2 (policy output 0.01, Q output 1), or PyTorch's default
     orthogonal_init: bool = True
@@ -484,11 +484,11 @@ def acer_loss(
     final_values: Tensor,
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss whose descent is ACER Algorithm 2, a mean over (T, N), and metrics.
+    """Return the loss of ACER Algorithm 2, to be minimized, and metrics. Means over (T, N).
 
-    For the critic Algorithm 2 prints the gradient of (Q^ret - Q)². Eq. 6 is -½ times that, the
-    descent of ½ (Q^ret - Q)², which is weighted by q_coef here. `final_values` (T, N) is V(final
-    observation) of the truncated steps.
+    The gradient of the policy's part is -(∂π/∂θ)ᵀ z*. The critic's part is q_coef ½ (Q^ret - Q)².
+    Its gradient is -q_coef times eq. 6. Algorithm 2 prints the gradient of (Q^ret - Q)². This is -2
+    times eq. 6. `final_values` (T, N) is V(final observation) of the truncated steps.
     """
     probs, q = policy(batch.obs)  # (T+1, N, A) each
     values = (probs * q).sum(-1).detach()  # V, (T+1, N)

@@ -49,7 +49,7 @@ Departures from the PPO paper (section 6.4) that no flag reverts (PAPER below li
     (Mnih et al. 2016, arXiv:1602.01783).
     When a time limit ends an episode, its last δ_t keeps γ V(final observation) (Pardo eq. 6).
     The id of an ALE game names the game only. Frame skip and sticky actions are those of this file.
-    In games with FIRE, ALE presses it at a reset. After a lost life it replaces the policy's
+    In games with FIRE, ALE presses it at a reset. After a lost life FIRE replaces the policy's
     action, and the policy's action is stored.
     Adam's ε is 1e-5. The PPO paper names none. Kingma's is 1e-8.
 
@@ -107,7 +107,7 @@ class RunArgs:
     # continue from this checkpoint.pt with its flags. Flags you give override them, except those
     # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training, with its flags
     # evaluation episodes with the most probable actions, and as many with sampled ones. 0: no
     # evaluation. An episode of ALE is a whole game
     eval_episodes: int = 10
@@ -161,8 +161,8 @@ class AlgorithmArgs:
     vf_coef: float = 0.25
     ent_coef: float = 0.01  # c2 of PPO eq. 9, weight of the entropy bonus
     max_grad_norm: float = 0.5  # largest norm of the gradient. inf: no clipping
-    # sizes of the hidden layers, for images after the convolutions, such as 64 64. None: 512 for
-    # images, 64 64 for vectors
+    # sizes of the hidden layers, such as 64 64. For images, of those after the convolutions. None:
+    # 512 for images, 64 64 for vectors
     hidden_sizes: tuple[int, ...] | None = None
     # orthogonal weights with gain √2 (policy output 0.01, value output 1), or PyTorch's default
     orthogonal_init: bool = True

@@ -104,7 +104,7 @@ class RunArgs:
     # continue from this checkpoint.pt with its flags. Flags you give override them, except those
     # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training, with its flags
     # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
     eval_episodes: int = 10
     video_dir: str | None = None  # folder for a GIF of one episode with mean actions

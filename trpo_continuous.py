@@ -115,7 +115,7 @@ class RunArgs:
     # continue from this checkpoint.pt with its flags. Flags you give override them, except those
     # that a run can't change
     resume: str | None = None
-    evaluate: str | None = None  # evaluate this checkpoint.pt with its flags, don't train
+    evaluate: str | None = None  # evaluate this checkpoint.pt instead of training, with its flags
     # evaluation episodes with mean actions, and as many with sampled ones. 0: no evaluation
     eval_episodes: int = 10
     video_dir: str | None = None  # folder for a GIF of one episode with mean actions
@@ -166,8 +166,8 @@ class AlgorithmArgs:
     orthogonal_init: bool = True
     log_std_init: float = -1.0  # log σ at the start
     # log σ at the end, reached on a straight line in log σ. None: σ is learned, from log_std_init.
-    # The line moves π after the step. If log σ falls by d, A d² is added to the mean KL of the
-    # iteration, and that of the step is multiplied by about 1 + 2d
+    # If log σ falls by d after a step, the mean KL of the iteration is about A d² + (1 + 2d) times
+    # the mean KL of the step
     log_std_final: float | None = -2.5
 
 
@@ -476,7 +476,7 @@ def policy_step(
 
     @torch.no_grad()
     def try_step(theta: Tensor) -> tuple[Tensor, Tensor]:
-        # A copy and not a view of theta, whose alignment in memory would change the rounding
+        # Copies. Views of theta may have another alignment in memory, and then round differently.
         for param, part in zip(params, theta.split(sizes), strict=True):
             param.data.copy_(part.view_as(param))
         surrogate, kl = surrogate_and_kl()
@@ -505,7 +505,7 @@ def fisher_operator(policy: Policy, inputs: Tensor, damping: float) -> Callable[
     """Return the function v -> (F + damping I) v, for inputs (B, O) and v (P,).
 
     F = Ê[JᵀMJ] is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old (TRPO eqs. 56-57). J is the
-    Jacobian of μ and log σ by the P weights. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
+    Jacobian of μ and log σ with respect to θ. M is the Hessian of the KL in μ and log σ: diag(1/σ²)
     and diag(2). The full Hessian has a second term (eq. 57): the gradient of the KL in μ and log σ,
     times second derivatives of μ and log σ. This gradient is 0 at θ_old. If σ is annealed, the rows
     of J for log σ are 0.
@@ -1189,8 +1189,8 @@ def trpo(
 
     metrics["kl_iteration"] is the mean KL(π before ‖ π after) over the states of the iteration. It
     contains all that changes π: the step, the new statistics of observations and the line of σ.
-    With --step trpo the first two are held at 1.1 δ, except in the first iteration, where the first
-    statistics come before the step.
+    With --step trpo the first two together are at most 1.1 δ. The first iteration is an exception:
+    there the first statistics come before the step.
     """
     state = {} if state is None else state
     torch.manual_seed(stream_seed(args.seed, "weights"))
