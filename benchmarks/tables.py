@@ -423,7 +423,9 @@ def tuning_table() -> str:
     """The IQM of each candidate, and its difference from the default on the same runs."""
     head = ["candidate", "flags", "IQM", "less the default's [95 % interval]", "runs"]
     pattern = re.compile(r" --seed \d+ (.*)--env-threads")
-    flags = {row["label"]: pattern.search(row["command"])[1] for row in read_index("tuning")}
+    flags = {}  # label -> those of its first run. Later ones may have --gamma for Swimmer
+    for row in read_index("tuning"):
+        flags.setdefault(row["label"], pattern.search(row["command"])[1])
     rows = []
     for found in candidates().values():
         for label, pairs in found:

@@ -497,7 +497,11 @@ def test_candidates_are_compared_with_the_default_on_the_same_tasks_and_seeds(tu
     default, candidate = tuning.tuning_table().splitlines()[2:]
     assert default == "| ppo | the default then | 1.50 |  | 2 |"
     assert candidate == "| ppo-without-rate | `--lr 1` | 1.00 | -0.50 [-0.50, -0.50] | 2 |"
-    tuning.read_index("tuning").pop(0)  # without the default's run of seed 101 only 102 counts
+    rows = tuning.read_index("tuning")
+    command = rows[3]["command"].replace("--lr 1", "--lr 1 --gamma 1")  # the flag of a task
+    rows.append(rows[3] | {"task": "envpool:B-v0", "command": command})
+    assert tuning.tuning_table().splitlines()[3] == candidate
+    rows.pop(0)  # without the default's run of seed 101 only 102 counts
     candidate = tuning.tuning_table().splitlines()[3]
     assert candidate.startswith("| ppo-without-rate | `--lr 1` | 1.50 | -0.50")
 
