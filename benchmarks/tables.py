@@ -23,7 +23,7 @@ PEER_NAMES = {"sb3_ppo": "Stable-Baselines3 PPO", "sb3_trpo": "sb3-contrib TRPO"
 BARS = {"CartPole-v1": 475, "Acrobot-v1": -100, "ALE/Pong-v5": 18}
 SCORES_ELSEWHERE = {  # for the front page
     "ppo_atari": "[Atari](benchmarks/README.md#atari)",
-    "acer_discrete": "[CartPole, Acrobot](benchmarks/README.md#replay-in-acer)",
+    "acer_discrete": "[CartPole, Acrobot](benchmarks/README.md#cartpole-and-acrobot)",
 }
 READMES = (
     ROOT / "README.md",
